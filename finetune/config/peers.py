@@ -140,6 +140,12 @@ _NAMES = {
     "train.resume=auto": "auto_resume_from_checkpoints",
     "train.seed": "random_seed random_state data_seed",
     "train.world_size (a check; the launcher starts the ranks)": "nproc_per_node num_processes",
+    "parallel.shard (full_shard is full, hybrid_shard is hybrid)": (
+        "fsdp fsdp_config fsdp_version fsdp_sharding_strategy sharding_strategy"
+    ),
+    "parallel.shard=full": "dp_shard_size data_parallel_shard_degree",
+    "parallel.shard=hybrid (a copy per machine)": "dp_replicate_size data_parallel_replicate_degree",
+    "parallel.offload": "fsdp_offload_params offload_params fsdp_cpu_offload offload_param",
     "generation.max_new_tokens": "eval_max_new_tokens",
     "generation.samples": "eval_table_size",
     "generation.num_examples": "predict_with_generate",
@@ -168,9 +174,20 @@ _REASONS = {
     "secrets come from the environment (HF_TOKEN, WANDB_API_KEY), never from a config": (
         "token use_auth_token hub_token hf_token hf_hub_token wandb_api_key api_key"
     ),
-    "the launcher chooses devices and ranks, see launch/accelerate": (
-        "deepspeed fsdp fsdp_config ddp_backend ddp_timeout local_rank device_map"
+    "the launcher chooses devices and ranks, see launch/accelerate": "ddp_backend ddp_timeout local_rank device_map",
+    "torch's FSDP2 shares the base, not DeepSpeed; set parallel.shard=full in place of ZeRO-3": (
+        "deepspeed deepspeed_config deepspeed_plugin zero_stage zero_optimization"
     ),
+    "there is no tensor parallelism; parallel.shard=full shares the base over GPUs": (
+        "tensor_parallel_size tensor_parallel tensor_model_parallel_size tp_size tp_plan"
+    ),
+    "there is no pipeline parallelism; parallel.shard=full shares the base over GPUs": (
+        "pipeline_parallel_size pipeline_model_parallel_size pp_size"
+    ),
+    "a sequence lies on one GPU; train.gradient_checkpointing=offload makes room for long ones": (
+        "context_parallel_size cp_size sequence_parallel_size sequence_parallel_degree sequence_parallel sp_size"
+    ),
+    "no supported model has experts": "expert_parallel_size expert_model_parallel_size ep_size",
     "every step writes a line to metrics.jsonl": "logging_steps logging_strategy",
     "the token cache is keyed by the content of rows and settings, so it is never stale": (
         "overwrite_cache load_from_cache_file skip_prepare_dataset"

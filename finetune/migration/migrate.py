@@ -28,6 +28,7 @@ from finetune.migration.settings import (
     Rule,
     same_meaning,
 )
+from finetune.migration.sharding import SHARDING_NAMES, read_sharding
 from finetune.system.errors import InputError
 
 _MICRO = ("micro_batch_size", "per_device_train_batch_size", "batch_size")
@@ -35,7 +36,7 @@ _ACCUMULATION = ("gradient_accumulation_steps", "grad_accum")
 _TRACKERS = ("report_to", "wandb_project", "use_wandb")
 _OUR_TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 _KERNELS = re.compile("cut_cross_entropy|liger")
-_HANDLED = DATASET_NAMES | {*_MICRO, *_ACCUMULATION, *_TRACKERS}
+_HANDLED = DATASET_NAMES | SHARDING_NAMES | {*_MICRO, *_ACCUMULATION, *_TRACKERS}
 
 
 @dataclass
@@ -133,6 +134,10 @@ def _finish(config: PeerConfig, migration: Migration) -> None:
     if not ours.get("model.name"):
         raise InputError(f"{config.file}: names no base model\nhelp: add model_name_or_path: HUB_ID_OR_FOLDER")
     ours.setdefault("quant.type", "none")
+    ours |= read_sharding(theirs, config.file.parent, migration.lost)
+    if ours["quant.type"] == "int8" and ours.pop("parallel.shard", "none") != "none":
+        ours.pop("parallel.offload", None)
+        migration.lost.append("parallel.shard: 8-bit layers cannot be sharded, layers of quant.type=nf4 can")
     if ours.get("model.dtype") in ("float16", "fp16"):  # A card without bfloat16.
         ours.setdefault("quant.compute_dtype", "float16")
     if "lora.alpha" not in ours:

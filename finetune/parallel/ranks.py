@@ -16,16 +16,10 @@ from finetune.config.schema import RunConfig
 from finetune.ops.limits import GRADIENT_BUCKET_BYTES
 from finetune.parallel.heartbeat import Heartbeat
 from finetune.parallel.join import meet, route_over
+from finetune.parallel.other_engines import refuse_other_engines
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
-# What `accelerate launch` sets for engines that split a model.
-_OTHER_ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
 # Ranks wait for one that tokenizes for hours. One that is gone is noticed by its beats, not by this limit.
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 
@@ -58,14 +52,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     Raises:
         ConfigError: the ranks are not those of train.world_size, or the launcher asks for another engine.
     """
-    problems = [
-        f"{variable}: the launcher asks for {engine}, expected data parallelism"
-        for variable, engine in _OTHER_ENGINES.items()
-        if os.environ.get(variable, "false").lower() in ("1", "true")
-    ]
-    if problems:
-        help_line = "help: use a file of launch/accelerate/: accelerate launch --config_file launch/accelerate/ddp.yaml"
-        raise ConfigError("\n".join([*problems, help_line]))
+    refuse_other_engines(os.environ)
     # cpu=True makes accelerate start ranks over gloo; otherwise torchrun on CPU gives each process a single rank.
     on_cpu = not torch.accelerator.is_available()
     try:

@@ -43,8 +43,10 @@ EXPECTED = {
             "train.warmup_steps": 10,
             "train.gradient_checkpointing": "all",
             "output_dir": "outputs/out",
+            "parallel.shard": "full",
+            "parallel.offload": True,
         },
-        ["evals_per_epoch", "fsdp", "fsdp_config"],
+        ["evals_per_epoch"],
     ),
     "axolotl-chat-8bit.yml": (
         {
@@ -125,8 +127,9 @@ EXPECTED = {
             "train.weight_decay": 0.1,
             "train.batch_size": 8,
             "train.keep_checkpoints": 5,
+            "parallel.shard": "full",
         },
-        ["deepspeed", "model_name"],
+        ["model_name"],
     ),
     "swift-qlora.sh": (
         {
