@@ -40,7 +40,8 @@ def _of_fsdp(theirs: Mapping[str, Any]) -> tuple[str | None, bool]:
     words = theirs.get("fsdp") or []
     words = [str(word) for word in (words if isinstance(words, list) else re.split(r"[\s,]+", str(words)))]
     config = theirs.get("fsdp_config")
-    config = {str(key).removeprefix("fsdp_"): value for key, value in (config or {}).items()} if _is_map(config) else {}
+    named = config.items() if isinstance(config, Mapping) else ()
+    config = {str(key).removeprefix("fsdp_"): value for key, value in named}
     words += [str(config.get("sharding_strategy", "")).lower()]
     offload = "offload" in words or any(config.get(name) in _ON for name in ("offload_params", "cpu_offload"))
     for names, shard in ((_HYBRID, "hybrid"), (_WHOLE, "none"), (_FULL, "full")):
@@ -52,7 +53,7 @@ def _of_fsdp(theirs: Mapping[str, Any]) -> tuple[str | None, bool]:
 
 def _of_deepspeed(value: Any, folder: Path, lost: list[str]) -> tuple[str | None, bool]:
     """Read the stage of ZeRO from settings, from a file, or from the name of a file that is not there."""
-    settings = value if _is_map(value) else _read_json(folder / str(value))
+    settings = value if isinstance(value, Mapping) else _read_json(folder / str(value))
     if settings is None:
         name = Path(str(value)).name.lower()
         stage = next(re.finditer(r"(?:zero|z|stage)[-_]?([0-3])", name), None)
@@ -72,7 +73,9 @@ def _of_deepspeed(value: Any, folder: Path, lost: list[str]) -> tuple[str | None
 def _offloaded(zero: Mapping[str, Any]) -> Iterator[str]:
     for name in ("offload_param", "offload_optimizer"):
         part = zero.get(name)
-        if part in _ON or (_is_map(part) and part.get("device") in ("cpu", "nvme")):
+        if isinstance(part, Mapping):
+            part = part.get("device") in ("cpu", "nvme")
+        if part in _ON:
             yield name
 
 
@@ -81,11 +84,7 @@ def _read_json(file: Path) -> Mapping[str, Any] | None:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return found if _is_map(found) else None
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
+    return found if isinstance(found, Mapping) else None
 
 
 def _number(value: Any) -> int:
