@@ -1,6 +1,7 @@
 """usage: finetune doctor [--json]
 
-Checks Python, the packages, the GPU, 4-bit training, disk, the model hub and tracking, with advice for each finding.
+Checks Python, the packages, GPUs and their links, 4-bit training, disk, network, the model hub and tracking, with
+advice for each finding.
 Exit code 0: training can run here; 1: it cannot.
   --json   print {"ok": …, "checks": [{"name", "status", "found", "advice"}]}
 
@@ -18,6 +19,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import threading
 import tomllib
@@ -28,6 +30,7 @@ from typing import Literal
 
 from finetune.commands.base import Command
 from finetune.system.arguments import Arguments
+from finetune.system.cluster import SLOW_LINKS, gpu_links, interfaces, network_problems
 from finetune.system.console import colored
 from finetune.system.format import format_bytes
 from finetune.system.other_finetune import ADVICE, other_distribution
@@ -228,6 +231,36 @@ def check_shared_memory() -> Finding:
     return _space(folder, "in /dev/shm", GB // 4, "warn", advice)
 
 
+def check_gpu_links() -> Finding:
+    """Report how the GPUs of this machine exchange data."""
+    import torch
+
+    if (count := torch.cuda.device_count()) < 2:
+        return Finding("note", f"{count} GPUs: nothing to link")
+    found = f"{count} GPUs"
+    if torch.distributed.is_nccl_available():
+        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    if shutil.which("nvidia-smi") is None:
+        return Finding("note", f"{found}, links unknown without nvidia-smi")
+    shown = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30)
+    links = gpu_links(shown.stdout)
+    found += f", pairs by link: {', '.join(f'{name} {pairs}' for name, pairs in sorted(links.items())) or 'unknown'}"
+    if SLOW_LINKS & links.keys():
+        advice = "PHB, NODE and SYS cross the processors: with parallel.shard=full prefer large micro-batches"
+        return Finding("note", found, advice)
+    return Finding("ok", found)
+
+
+def check_network() -> Finding:
+    """Report the network interfaces, and what would stop a run on several machines."""
+    found = interfaces()
+    text = ", ".join(f"{name} {addresses[0]}" for name, addresses in found.items()) or "no interface"
+    problems = list(network_problems(os.environ, found))
+    if problems:
+        return Finding("warn", f"{text}; for several machines: {'; '.join(problems)}", "see docs/parallel.md")
+    return Finding("ok" if found else "note", text)
+
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": lambda: Finding("ok", f"{platform.python_version()} on {platform.platform()} ({sys.executable})"),
     "packages": check_packages,
@@ -240,6 +273,8 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "media": check_media,
     "wandb": check_wandb,
     "shared memory": check_shared_memory,
+    "GPU links": check_gpu_links,
+    "network": check_network,
 }
 
 
