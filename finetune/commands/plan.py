@@ -313,7 +313,9 @@ def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:
         total = format_estimate(content["total_seconds"])
         print(f"      {assumed}{total} in total, {content['steps']:,} steps{content['steps_from']}")
     if content["fewest_gpus"]:
-        print(f"  fits on {content['fewest_gpus']} such GPUs that share the base, as these settings are")
+        print(f"  fits on {content['fewest_gpus']} such GPUs that share the base, as these settings are:")
+        launcher = "accelerate launch --config_file launch/accelerate/ddp.yaml"
+        print(f"    {launcher} --num_processes {content['fewest_gpus']} finetune/train.py …")
     for change in content["changes"]:
         alone = "" if change["fits"] else " (not enough by itself)"
         print(f"  {' '.join(change['overrides'])}   saves {format_bytes(change['saved_bytes'])}{alone}")

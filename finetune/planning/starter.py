@@ -131,7 +131,7 @@ def propose(
     fits = longest_that_fits(_inputs(chosen, device_type), free_bytes)
     length = min(max(wanted, 2048 if device_type == "cuda" else 1024), _LONGEST, fits // 64 * 64)
     if length < _SHORTEST:
-        raise DataError(f"{chosen}: does not fit into {free_bytes / 1e9:.1f} GB\nhelp: finetune plan table=true")
+        raise DataError(f"{chosen}: does not fit into {free_bytes / 1e9:.1f} GB\nhelp: finetune plan table=true gpus=8")
     share = 0.05 if facts.rows >= 400 else 0.1 if facts.rows >= 100 else 0.2 if facts.rows >= 20 else 0.0
     per_epoch = facts.total_tokens * (1 - share) / length
     epochs = 3 if facts.rows < 2000 else 2 if facts.rows < 20_000 else 1
