@@ -15,7 +15,7 @@ from torch import nn
 from finetune.config.schema import DistillConfig
 from finetune.data.batch import Batch, build_batch, groups_of
 from finetune.data.documents import Document
-from finetune.distill.codec import MOST_IDS, Columns, draw, teacher_samples, teacher_top_k
+from finetune.distill.codec import LAYOUTS, MOST_IDS, Columns, draw, teacher_samples, teacher_top_k
 from finetune.distill.fingerprint import key_of, keys_of
 from finetune.distill.shards import ShardReader, check_fingerprint, open_folder
 from finetune.losses.chunked import chunked_logits
@@ -25,6 +25,8 @@ from finetune.system.errors import ConfigError, DataError, IntegrityError
 # Tokens per forward pass without a backward pass.
 BATCH_TOKENS = 2048
 _SHOWN = 5
+# How shards hold hidden states of a dtype: numpy has no bfloat16.
+_BITS = {torch.bfloat16: "U16", torch.float16: "U16", torch.float32: "F32", torch.float64: "F64"}
 # Largest mean difference of log-probabilities, in nats, that counts as rounding. bf16 rounds logits of about 16 by up
 # to 0.03, and other kernels round elsewhere.
 _SAME_NATS = 0.1
@@ -129,6 +131,7 @@ class CachedTeacher:
         self.folder, self.device, self._head, self._dtype = folder, device, head, dtype
         self.kind: str = fingerprint["kept"]["cache_kind"]
         self._reader = ShardReader(folder)
+        self._reader.check_layout(LAYOUTS.get(self.kind, {"hidden": (_BITS[dtype], 2)}))
 
     def targets_for(self, batches: Sequence[Batch]) -> Iterator[TeacherTargets]:
         """Yield the targets of each batch, whose documents `check_holds` has found."""

@@ -28,6 +28,10 @@ from finetune.losses.distillation import TeacherHidden, TeacherSamples, TeacherT
 from finetune.ops.determinism import cumulative_sums
 
 Columns = dict[str, np.ndarray]
+# By kind of a cache of samples: the dtype (of safetensors) and the number of dimensions of each column.
+LAYOUTS: dict[str, dict[str, tuple[str, int]]] = {}
+LAYOUTS["top"] = {"low": ("U16", 2), "high": ("U8", 2), "log_probs": ("U16", 2)}
+LAYOUTS["sampled"] = LAYOUTS["top"] | {"tail": ("U16", 1), "entropy": ("F32", 1)}
 
 # Log-probabilities in 16-bit steps. Tokens below exp(-24) are stored as exp(-24).
 _LOWEST = -24.0

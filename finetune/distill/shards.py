@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from finetune.distill.codec import Columns
@@ -35,6 +36,7 @@ from finetune.system.sealed import seal, unseal
 
 FINGERPRINT, COMPLETE = "fingerprint.json", "complete.json"
 _KEYS, _COUNTS = "keys", "counts"
+_SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 # Held in memory until it is written.
 _SHARD_BYTES = 16 << 20
 _NEW_FOLDER = "write a new folder with finetune cache"
@@ -64,7 +66,7 @@ def open_folder(folder: Path, fingerprint: Mapping[str, Any]) -> Iterator[ShardW
         _verify(notes)
         writer = ShardWriter(folder)
         for shard in notes:
-            with safe_open(shard, framework="np") as tensors:
+            with _opened(shard) as tensors:
                 writer.stored.update(key.tobytes() for key in tensors.get_tensor(_KEYS))
         stack.callback(writer.flush)
         yield writer
@@ -149,9 +151,11 @@ class ShardReader:
             ) from error
         except (LookupError, TypeError, ValueError) as error:
             raise _corrupt(folder / COMPLETE, f"lacks {error}") from error
+        if strange := [name for name in shards if not _SHARD.fullmatch(name)]:
+            raise _corrupt(folder / COMPLETE, f"it lists {strange[0][:80]!r}, which is no shard")
         files = [folder / name for name in shards]
         _verify(dict(zip(files, shards.values(), strict=True)))
-        self._shards = [safe_open(file, framework="np") for file in files]
+        self._files, self._shards = files, [_opened(file) for file in files]
         counts = [shard.get_tensor(_COUNTS).astype(np.int64) for shard in self._shards]
         none = np.empty(0, np.int64)
         self._shard = np.repeat(np.arange(len(files)), np.array([len(part) for part in counts], np.int64))
@@ -160,6 +164,23 @@ class ShardReader:
         keys = _as_words(b"".join(shard.get_tensor(_KEYS).tobytes() for shard in self._shards))
         self._order = np.argsort(keys, kind="stable")
         self._sorted = keys[self._order]
+
+    def check_layout(self, layout: Mapping[str, tuple[str, int]]) -> None:
+        """Check the columns of every shard: their names, dtypes and numbers of dimensions, and that all are as wide.
+
+        Raises: IntegrityError naming the first shard that differs.
+        """
+        widths: dict[str, list[int]] = {}
+        for file, shard in zip(self._files, self._shards, strict=True):
+            for name, (dtype, dimensions) in layout.items():
+                try:
+                    found = shard.get_slice(name)
+                except SafetensorError as error:
+                    raise _corrupt(file, f"it has no column {name}") from error
+                shape = found.get_shape()
+                width = widths.setdefault(name, shape[1:])
+                if found.get_dtype() != dtype or len(shape) != dimensions or shape[1:] != width:
+                    raise _corrupt(file, f"its column {name} is {found.get_dtype()} {shape}")
 
     def missing(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the indices of the documents that the cache lacks."""
@@ -187,6 +208,20 @@ class ShardReader:
         end = start + int(self._counts[place])
         names = [name for name in shard.keys() if name not in (_KEYS, _COUNTS)]  # noqa: SIM118, the handle is not a mapping
         return {name: shard.get_slice(name)[start:end] for name in names}
+
+
+def _opened(shard: Path) -> Any:
+    """Open a shard. Raises: IntegrityError if its keys, counts and columns do not fit each other."""
+    try:
+        tensors = safe_open(shard, framework="np")
+        keys, counts = tensors.get_tensor(_KEYS), tensors.get_tensor(_COUNTS)
+        rows = {(tensors.get_slice(name).get_shape() or [-1])[0] for name in set(tensors.keys()) - {_KEYS, _COUNTS}}
+    except (SafetensorError, LookupError, TypeError, AttributeError) as error:
+        raise _corrupt(shard, str(error)) from error
+    fits = keys.dtype == np.uint8 and counts.dtype == np.int32 and keys.shape == (counts.size, KEY_BYTES)
+    if not fits or counts.ndim != 1 or (counts < 0).any() or not rows <= {int(counts.sum(dtype=np.int64))}:
+        raise _corrupt(shard, "its keys, counts and columns do not fit each other")
+    return tensors
 
 
 def _as_words(keys: bytes) -> np.ndarray:
@@ -239,7 +274,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise ConfigError(f"distill.cache: {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _corrupt(file, str(error)) from error
 
 

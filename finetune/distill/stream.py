@@ -29,11 +29,10 @@ from finetune.distill.layer_reader import MappedLayer, PinnedLayer, Reads, layer
 from finetune.distill.resident import open_skeleton
 from finetune.losses.distillation import TeacherHidden
 from finetune.losses.hidden_states import PackedRows, final_states, packed_rows, padded, run_layer
-from finetune.models.adapters.files import check_adapter, read_tensors
-from finetune.models.adapters.folder import CONFIG_FILE
+from finetune.models.adapters.files import check_adapter, read_tensors, refusals_of_peft
+from finetune.models.adapters.folder import read_adapter_config
 from finetune.models.decoder import decoder_of, family_in
 from finetune.models.fused import fuse_layers
-from finetune.models.hub import read_json
 from finetune.models.safetensors_index import WeightFiles, map_tensor
 from finetune.ops import attention
 from finetune.system.console import Log
@@ -207,9 +206,7 @@ def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
 def _attach_adapter(base: PreTrainedModel, folder: Path, device: torch.device) -> None:
     """Attach a frozen adapter to the decoder layers of a model on the meta device: only its tensors are in memory."""
     where = f"adapter {folder}"
-    config = read_json(folder / CONFIG_FILE, where)
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{where}: expected a LoRA adapter, found {config.get('peft_type')}")
+    config = read_adapter_config(folder, where)
     check_adapter(folder, trained=False)
     tensors = read_tensors(folder)
     if outside := [name for name in tensors if not re.search(r"\.layers\.\d+\.", name)]:
@@ -219,7 +216,7 @@ def _attach_adapter(base: PreTrainedModel, folder: Path, device: torch.device) -
         )
     if config.get("init_lora_weights", True) not in _PLAIN_INITS or config.get("layer_replication"):
         raise ConfigError(f"{where}: changes the base's weights or layers, which are not in memory{_RESIDENT}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), refusals_of_peft(where):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         settings = peft.PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config.command_options import ExportOptions
 from finetune.export.gguf.quantizer import QUANTIZER_TYPES, find_quantizer
-from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, find_adapter
+from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, find_adapter, read_adapter_config
 from finetune.models.families import FAMILIES, shape_of
 from finetune.models.hub import (
     TEXT_FILES,
@@ -25,7 +25,6 @@ from finetune.models.hub import (
     fetch,
     find_texts,
     read_config,
-    read_json,
     weight_files,
 )
 from finetune.system.atomic import refuse_existing
@@ -176,8 +175,8 @@ def check_towers(exporter: Exporter, options: ExportOptions) -> None:
     if kind in exporter.tower_types:
         return
     if base is None:
-        settings = find_adapter(str(options.adapter), "adapter") / CONFIG_FILE
-        base = str(read_json(settings, f"adapter={options.adapter}").get("base_model_name_or_path") or "")
+        settings = read_adapter_config(find_adapter(str(options.adapter), "adapter"), f"adapter={options.adapter}")
+        base = settings.get("base_model_name_or_path") or ""
     shape = shape_of(base) if base else None
     if shape is not None and (family := FAMILIES[shape["model_type"]]).towers:
         found, advice = f"format={options.format}", "use format=safetensors"

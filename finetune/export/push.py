@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from finetune.config.command_options import PushOptions
-from finetune.models.adapters.folder import CONFIG_FILE, check_adapter_folder
-from finetune.models.hub import read_json
+from finetune.models.adapters.folder import check_adapter_folder, read_adapter_config
 from finetune.system.errors import ConfigError, InputError, ResourceError
 
 # What a server or a person loads; checkpoints, metrics and logs stay here.
@@ -63,7 +62,7 @@ def _folder(options: PushOptions) -> Path:
         raise ConfigError(f"model={folder}: holds no model (safetensors, gguf or onnx)")
     if key == "adapter":
         check_adapter_folder(folder, "adapter")
-        base = str(read_json(folder / CONFIG_FILE, f"adapter={folder}").get("base_model_name_or_path"))
+        base = str(read_adapter_config(folder, f"adapter={folder}").get("base_model_name_or_path"))
         if Path(base).expanduser().exists() or not _REPO.fullmatch(base):
             raise ConfigError(
                 f"adapter={folder}: its base {base} is a folder of this machine, which others cannot load\n"

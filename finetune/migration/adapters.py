@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from finetune.export.staging import MODEL_COPIES, copy_files, staged
 from finetune.models.adapters.files import check_adapter
-from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE
+from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, read_adapter_config
 from finetune.models.adapters.names import as_peft_names
-from finetune.models.hub import read_json
 from finetune.models.safetensors_index import save_tensors
 from finetune.system.atomic import write_text
 from finetune.system.errors import InputError
@@ -33,12 +31,14 @@ def convert_pickle(file: Path, out: Path) -> None:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle makes the loader fail anywhere, with errors of every kind
         reason = str(error).partition("\n")[0] or "it is empty"
         raise InputError(f"{file}: holds code or is damaged, so nothing is loaded ({reason})") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise InputError(f"{file}: expected named tensors, found {type(found).__name__}")
-    config = read_json(file.parent / CONFIG_FILE, str(file))
+    config = read_adapter_config(file.parent, str(file))
     tensors = {name: tensor.contiguous() for name, tensor in as_peft_names(found, str(file)).items()}
     with staged(out, sum(tensor.nbytes for tensor in tensors.values())) as folder:
         save_tensors(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})

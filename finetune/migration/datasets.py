@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,15 +42,15 @@ def read_sources(config: PeerConfig, notes: Notes) -> tuple[list[Source], list[S
     """
     settings = config.settings
     if config.peer == "axolotl":
-        train = [_axolotl(entry, notes) for entry in _listed(settings.get("datasets"))]
-        return train, [_axolotl(entry, notes) for entry in _listed(settings.get("test_datasets"))]
+        train = [_axolotl(entry, notes) for entry in listed(settings.get("datasets"))]
+        return train, [_axolotl(entry, notes) for entry in listed(settings.get("test_datasets"))]
     if config.peer == "llama-factory":
         return tuple([*_registered(config, name, notes)] for name in ("dataset", "eval_dataset"))  # type: ignore[return-value]
     if config.peer == "ms-swift":
-        train = [_swift(str(entry)) for entry in _listed(settings.get("dataset"))]
-        return train, [_swift(str(entry)) for entry in _listed(settings.get("val_dataset"))]
+        train = [_swift(str(entry)) for entry in listed(settings.get("dataset"))]
+        return train, [_swift(str(entry)) for entry in listed(settings.get("val_dataset"))]
     if mixture := settings.get("datasets"):
-        return [_without_none(_hub(entry)) for entry in _listed(mixture) if isinstance(entry, Mapping)], []
+        return [_without_none(_hub(entry)) for entry in listed(mixture) if isinstance(entry, Mapping)], []
     column = settings.get("dataset_text_field")
     text = {"format": "text", "columns": {"text": column} if column != "text" else None} if column else {}
     if not (path := settings.get("dataset_name")):
@@ -88,7 +89,13 @@ DATASET_NAMES = frozenset(
 )
 
 
-def _listed(value: Any) -> list[Any]:
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return names and values; none, if there is something else in their place."""
+    return {str(name): each for name, each in value.items()} if isinstance(value, Mapping) else {}
+
+
+def listed(value: Any) -> list[Any]:
+    """Return a list as it is, one value as a list of it, and nothing as an empty list."""
     return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
@@ -107,7 +114,7 @@ def _hub(entry: Mapping[str, Any]) -> Source:
 def _axolotl(entry: Any, notes: Notes) -> Source:
     if not isinstance(entry, Mapping):
         return {"path": str(entry)}
-    files = _listed(entry.get("data_files"))
+    files = listed(entry.get("data_files"))
     path = str(
         files[0] if files and entry.get("path") in (None, "json", "csv", "parquet") else entry.get("path", "???")
     )
@@ -115,9 +122,9 @@ def _axolotl(entry: Any, notes: Notes) -> Source:
         notes.append(f"datasets: {path}: one file of {len(files)}; add an item for each of the others")
     kind = entry.get("type")
     style = kind if isinstance(kind, str) else ""
-    described = {**(kind if isinstance(kind, Mapping) else {}), **entry}
+    described = {**_mapping(kind), **entry}
     columns = {ours: described[theirs] for theirs, ours in _FIELDS.items() if described.get(theirs)}
-    keys = dict(entry.get("message_property_mappings") or {})
+    keys = dict(_mapping(entry.get("message_property_mappings")))
     keys |= {ours: theirs for ours in _OPENAI_KEYS if (theirs := entry.get(f"message_field_{ours}"))}
     of_sharegpt = tuple(map(keys.get, _OPENAI_KEYS)) == _SHAREGPT_KEYS
     if not of_sharegpt:
@@ -125,12 +132,12 @@ def _axolotl(entry: Any, notes: Notes) -> Source:
     if turns := entry.get("field_messages"):
         ours = "conversations" if of_sharegpt else "messages"
         columns |= {ours: turns} if turns != ours else {}
-    roles = {ours: _listed(theirs) for ours, theirs in (entry.get("roles") or {}).items()}
+    roles = {ours: listed(theirs) for ours, theirs in _mapping(entry.get("roles")).items()}
     known = next((fmt for word, fmt in _FORMATS.items() if style.partition(".")[0].startswith(word)), None)
     source: Source = {"path": path, "subset": entry.get("name"), "columns": columns, "format": known}
     source["roles"] = {ours: theirs for ours, theirs in roles.items() if theirs != [ours]}
     source["revision"] = entry.get("revision")
-    if not _is_file(path) and not Path(path).exists():
+    if not _is_file(path) and not os.path.exists(path):
         source |= _split(str(entry.get("split") or "train"), path, notes)
     if style and known is None and style not in ("chat_template", "input_output"):
         notes.append(f"datasets: type: {style}: the format is recognized by the columns; map others with columns")
@@ -157,17 +164,19 @@ def _swift(entry: str) -> Source:
 def _registered(config: PeerConfig, name: str, notes: Notes) -> Iterator[Source]:
     """Look names of datasets up in dataset_info.json, beside the config or in the working directory."""
     value = config.settings.get(name)
-    names = [part.strip() for entry in _listed(value) for part in str(entry).split(",") if part.strip()]
+    names = [part.strip() for entry in listed(value) for part in str(entry).split(",") if part.strip()]
     if not names:
         return
     folder = Path(str(config.settings.get("dataset_dir") or "data"))
     places = [folder, config.file.parent / folder, config.file.parent]
-    registry = next((place / "dataset_info.json" for place in places if (place / "dataset_info.json").is_file()), None)
+    registry = next(
+        (place / "dataset_info.json" for place in places if os.path.isfile(place / "dataset_info.json")), None
+    )
     known: Any = {}
     if registry is not None:
         try:
             known = json.loads(registry.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             notes.append(f"{registry}: cannot be read: {error}")
     else:
         notes.append(f"{name}: no {folder}/dataset_info.json found; check the paths of data")
@@ -183,12 +192,17 @@ def _registered(config: PeerConfig, name: str, notes: Notes) -> Iterator[Source]
 
 def _registry_entry(entry: Mapping[str, Any], folder: Path, dataset: str, notes: Notes) -> Source:
     for lost in ("ranking", "kto_tag"):
-        if entry.get(lost) or (entry.get("columns") or {}).get(lost):
+        if entry.get(lost) or _mapping(entry.get("columns")).get(lost):
             notes.append(f"dataset: {dataset}: {lost}: no counterpart")
-    columns, tags = dict(entry.get("columns") or {}), dict(entry.get("tags") or {})
+    columns, tags = _mapping(entry.get("columns")), _mapping(entry.get("tags"))
     of_openai = (tags.get("role_tag"), tags.get("content_tag")) == _OPENAI_KEYS
     mapped = {ours: columns[theirs] for theirs, ours in _COLUMNS.items() if columns.get(theirs, ours) != ours}
-    source: Source = {"path": str(entry.get("hf_hub_url") or entry.get("ms_hub_url") or folder / entry["file_name"])}
+    of_hub = entry.get("hf_hub_url") or entry.get("ms_hub_url")
+    place = of_hub or entry.get("file_name")
+    if not isinstance(place, str):
+        notes.append(f"dataset: {dataset}: names no file and no dataset of a hub")
+        place = dataset
+    source: Source = {"path": place if of_hub else str(folder / place)}
     if entry.get("formatting") == "sharegpt":
         source["format"] = "messages" if of_openai else "sharegpt"
         turns, role, content = ("messages", *_OPENAI_KEYS) if of_openai else ("conversations", *_SHAREGPT_KEYS)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from finetune.config.compose import escaped
 from finetune.config.explain import problems_of, shown
+from finetune.config.keys import find
 from finetune.config.peers import REFUSED
 from finetune.config.schema import RunConfig
 from finetune.data.formats.detection import is_registry
-from finetune.migration.datasets import DATASET_NAMES, read_registry, read_sources
+from finetune.migration.datasets import DATASET_NAMES, listed, read_registry, read_sources
 from finetune.migration.files import PeerConfig
 from finetune.migration.settings import (
     DEFAULTS,
@@ -110,7 +112,7 @@ def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -
             found = rule.convert(value)
         elif isinstance(value, str | int | float) and value in (rule.values or {}):
             found, note = (rule.values or {})[value], ""
-    elif name in UNNEEDED or (name == "plugins" and all(map(_KERNELS.search, map(str, value)))):
+    elif name in UNNEEDED or (name == "plugins" and all(map(_KERNELS.search, map(str, listed(value))))):
         migration.unneeded.append(name)
         return
     elif same := same_meaning(name):
@@ -120,10 +122,36 @@ def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -
     elif value is False:
         return
     if key and found is not None:
-        if migration.settings.get(key) != "int8" or key != "quant.type":
+        if problem := _misfit(key, found):
+            migration.lost.append(f"{name}: {shown(value)}: {problem}")
+        elif migration.settings.get(key) != "int8" or key != "quant.type":
             migration.settings[key] = found
     elif note and value not in (False, 0, "none", "no", "0", -1):
         migration.lost.append(f"{name}: {shown(value)}: {note}")
+
+
+@cache
+def _type_of(key: str) -> TypeAdapter[Any]:
+    return TypeAdapter(find(key), config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _misfit(key: str, value: Any) -> str:
+    """Return why a value is none of our key's type, or nothing."""
+    try:
+        _type_of(key).validate_python(value)
+    except ValidationError as error:
+        return f"{key}: {error.errors()[0]['msg']}"
+    return ""
+
+
+def _count(settings: Mapping[str, Any], names: Sequence[str], migration: Migration) -> int | None:
+    """Return the first of these settings that is given and is a whole number from 1 on."""
+    for name in names:
+        if (value := settings.get(name)) not in (None, "", 0, False):
+            if str(value).isdecimal() and 0 < (count := int(str(value))) < 2**31:
+                return count
+            migration.lost.append(f"{name}: {shown(value)}: no whole number; set train.batch_size")
+    return None
 
 
 def _finish(config: PeerConfig, migration: Migration) -> None:
@@ -146,15 +174,14 @@ def _finish(config: PeerConfig, migration: Migration) -> None:
         ours.pop("train.epochs", None)
     if "train.warmup_steps" in ours:
         ours.pop("train.warmup_ratio", None)
-    micro = next((int(theirs[name]) for name in _MICRO if theirs.get(name)), MICRO_BATCH[config.peer])
+    micro = _count(theirs, _MICRO, migration) or MICRO_BATCH[config.peer]
     # ms-swift fills a step up to 16 sequences.
     unnamed = max(16 // (micro * config.processes), 1) if config.peer == "ms-swift" else 1
-    accumulation = next((str(theirs[name]) for name in _ACCUMULATION if theirs.get(name)), str(unnamed))
-    if not accumulation.isdecimal():
-        migration.lost.append(f"gradient_accumulation_steps: {shown(accumulation)}: set train.batch_size")
-        accumulation = "1"
+    accumulation = _count(theirs, _ACCUMULATION, migration)
+    if accumulation is None:
+        accumulation = 1 if any(theirs.get(name) for name in _ACCUMULATION) else unnamed
     ours["train.micro_batch_size"] = micro
-    ours["train.batch_size"] = micro * int(accumulation) * config.processes
+    ours["train.batch_size"] = micro * accumulation * config.processes
     trackers = theirs.get("report_to") or ""
     trackers = {str(name) for name in (trackers if isinstance(trackers, list) else [trackers])} - {"", "none"}
     if theirs.get("wandb_project"):
@@ -165,8 +192,8 @@ def _finish(config: PeerConfig, migration: Migration) -> None:
         else:
             migration.lost.append(f"report_to: {tracker}: {', '.join(_OUR_TRACKERS)} are there")
     train, held_out = read_sources(config, migration.lost)
-    if limit := theirs.get("max_samples"):
-        train = [{**source, "limit": int(limit)} for source in train]
+    if limit := _count(theirs, ("max_samples",), migration):
+        train = [{**source, "limit": limit} for source in train]
     if not train:
         raise InputError(
             f"{config.file}: names no dataset\nhelp: add one there, or write data.train in a config of your own"

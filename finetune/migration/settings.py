@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config.keys import schema_fields
+from finetune.config.keys import schema_fields, sections
 from finetune.config.peers import PEERS as OUR_NAMES
 from finetune.config.section import NUMBER
 from finetune.migration.files import Peer
@@ -57,7 +57,8 @@ def _number(value: Any) -> Any:
 
 
 def _positive(value: Any) -> Any:
-    return value if (value := _number(value)) and value > 0 else None
+    value = _number(value)
+    return value if isinstance(value, int | float) and 0 < value < float("inf") else None
 
 
 def _steps(value: Any) -> Any:
@@ -243,4 +244,5 @@ def same_meaning(name: str) -> tuple[str, Any] | None:
         key, _, value = OUR_NAMES[name].partition("=")
         return (key, value or None) if key in schema_fields() and "[" not in value else None
     keys = (f"{section}{name}" for section in ("train.", "lora.", "data.", ""))
-    return next(((key, None) for key in keys if key in schema_fields() and key != "data.train"), None)
+    others = {"data.train", *sections()}
+    return next(((key, None) for key in keys if key in schema_fields() and key not in others), None)

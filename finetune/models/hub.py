@@ -18,7 +18,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 
 from finetune.config.schema import ModelConfig
-from finetune.models.families import ModelFamily, attention_window, family_of, text_settings
+from finetune.models.families import SHAPE_KEYS, ModelFamily, attention_window, family_of, text_settings
 from finetune.models.safetensors_header import read_header
 from finetune.system.errors import ConfigError, FinetuneError, ResourceError
 
@@ -26,7 +26,10 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 TEXT_FILES = ("*.json", "*.jinja", "*.txt")
 WEIGHT_FILES = ("*.safetensors",)
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_SIZE_KEYS = tuple(key for key in SHAPE_KEYS if key != "tie_word_embeddings")
+_LARGEST_SIZE, _MOST_LAYERS = 2**24, 2**10
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_PLAIN_FILE = re.compile(r"[\w.-]{1,240}\.safetensors")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -59,8 +62,8 @@ def fetch(name: str, revision: str | None, patterns: tuple[str, ...], key: str, 
         ConfigError: not found, with what to do.
         ResourceError: the disk is full.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         if revision is not None:
             raise ConfigError(f"{key}={name}: a local folder has no revisions, found {revision!r}\nhelp: remove it")
         return Source(folder, None)
@@ -140,9 +143,20 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if "auto_map" in config:
         raise ConfigError(f"model.name={name}: config.json names code to run (auto_map), which is never executed")
     family_of(config.get("model_type"), f"model.name={name}")
+    _check_sizes(text_settings(config), f"model.name={name}")
     if "quantization_config" in config:
         raise ConfigError(f"model.name={name}: already quantized\nhelp: name the 16-bit original and set quant.type")
     return config
+
+
+def _check_sizes(settings: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for sizes of a decoder that no model has: nothing is built from them."""
+    for key in _SIZE_KEYS:
+        found, most = settings.get(key), _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST_SIZE
+        if found is not None and not (type(found) is int and 0 < found <= most):
+            raise ConfigError(
+                f"{where}: {key} in config.json must be a whole number from 1 to {most:,}, found {str(found)[:80]}"
+            )
 
 
 def check_window(config: Mapping[str, Any], name: str, tokens: int, key: str) -> None:
@@ -167,7 +181,9 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{where}: {path.parent} has no {path.name}") from error
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: {path} is not a JSON object")
@@ -183,14 +199,29 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
     """
     index, files = folder / INDEX_FILE, [folder / SINGLE_FILE]
     if index.is_file():
-        shards = set(read_json(index, f"model.name={name}").get("weight_map", {}).values())
-        files = [folder / shard for shard in sorted(shards)]
+        files = [folder / shard for shard in _shards(read_json(index, f"model.name={name}"), f"model.name={name}")]
     if missing := [file.name for file in files if not file.is_file()]:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         advice = f"\nhelp: {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
         listed = f", which {INDEX_FILE} lists" if index.is_file() else ""
         raise ConfigError(f"model.name={name}: {folder} lacks {', '.join(missing)}{listed}{advice}")
     return {tensor: file for file in files for tensor in read_header(file)[1]}
+
+
+def _shards(index: Mapping[str, Any], where: str) -> list[str]:
+    """Return the names of the files in an index. Raises: ConfigError for anything but files beside it."""
+    places = index.get("weight_map")
+    if not isinstance(places, dict):
+        raise ConfigError(
+            f"{where}: {INDEX_FILE} has no weight_map of tensors and files, found {type(places).__name__}"
+        )
+    for tensor, shard in places.items():
+        if not isinstance(shard, str) or not _PLAIN_FILE.fullmatch(shard):
+            raise ConfigError(
+                f"{where}: {INDEX_FILE} names no safetensors file of its own folder for {tensor[:80]!r}, found "
+                f"{str(shard)[:80]!r}\nhelp: download the model again"
+            )
+    return sorted(set(places.values()))
 
 
 def named_in_model(files: Mapping[str, Path], family: ModelFamily) -> dict[str, TensorFile]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.models.digest import identity
-from finetune.models.safetensors_header import read_header
+from finetune.models.safetensors_header import not_complete, read_header
 from finetune.system.errors import ConfigError, IntegrityError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,6 +31,15 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
     mode = file.stat().st_mode
     save_file(tensors, file, metadata=metadata)
     file.chmod(mode)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Return all tensors of a file, mapped. Raises: IntegrityError if it is corrupt."""
+    read_header(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:  # what its reader of JSON refuses, and Python's does not
+        raise not_complete(file, error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,8 @@ def _stored(file: Path) -> list[tuple[str, Stored]]:
     begin, entries = read_header(file)
     if strange := sorted({entry["dtype"] for entry in entries.values()} - _DTYPES.keys()):
         raise ConfigError(f"{file}: weights must be 16-bit floats or wider, found {', '.join(strange)}")
+    if scalars := [name for name, entry in entries.items() if not entry["shape"]]:
+        raise ConfigError(f"{file}: weights must have a dimension, found the single numbers {', '.join(scalars[:5])}")
     return [
         (name, Stored(file, begin + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])))
         for name, entry in entries.items()
@@ -80,9 +91,12 @@ def _stored(file: Path) -> list[tuple[str, Stored]]:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file onto the CPU."""
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name)
+    """Read one tensor of a safetensors file onto the CPU. Raises: IntegrityError if the file is corrupt."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise not_complete(file, error) from error
 
 
 def read_rows(stored: Stored, start: int, stop: int) -> Tensor:

@@ -18,13 +18,27 @@ from finetune.models.hub import TensorFile
 from finetune.models.quant.quantize import quantized_layers
 from finetune.models.safetensors_header import read_header
 from finetune.models.safetensors_index import read_tensor
+from finetune.system.errors import ConfigError, FinetuneError
 
 # Smaller tensors are copied: a mapped one would also hold pages of its neighbors.
 _WORTH_MAPPING_BYTES = 1 << 20
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Build the model of a folder's config.json, with shapes and without storage."""
+    """Build the model of a folder's config.json, with shapes and without storage.
+
+    Raises: ConfigError if transformers refuses the settings.
+    """
+    try:
+        return _skeleton(folder, dtype, attention)
+    except (FinetuneError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers checks some settings, and fails on others deep inside
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{folder / 'config.json'}: transformers cannot build the model: {reason}") from error
+
+
+def _skeleton(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     family = family_of(config.model_type, str(folder))
     for key in family.loaded_settings:

@@ -48,8 +48,14 @@ def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBas
     for file in TOKENIZER_FILES:
         if "auto_map" in read_json(folder / file, f"{key}={name}"):
             raise ConfigError(f"{key}={name}: {file} names code to run (auto_map), which is never executed")
-    with quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        with quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises plain exceptions of its own, and those of what it meets
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{key}={name}: the tokenizer in {folder} cannot be loaded: {reason}") from error
     tokenizer.name_or_path = name
     return tokenizer
 

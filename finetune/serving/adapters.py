@@ -8,9 +8,8 @@ from pathlib import Path
 from finetune.config.command_options import ServeOptions
 from finetune.config.schema import ModelConfig
 from finetune.models.adapters.base_config import recorded_fingerprint
-from finetune.models.adapters.folder import CONFIG_FILE, find_adapter
+from finetune.models.adapters.folder import find_adapter, read_adapter_config
 from finetune.models.digest import base_fingerprint
-from finetune.models.hub import read_json
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
@@ -70,7 +69,7 @@ def check_bases(adapters: Mapping[str, Path], model: ModelConfig, *, chosen: boo
     here = base_fingerprint(model.name)
     problems = []
     for name, folder in adapters.items():
-        named = str(read_json(folder / CONFIG_FILE, f"adapters.{name}").get("base_model_name_or_path") or "")
+        named = read_adapter_config(folder, f"adapters.{name}").get("base_model_name_or_path") or ""
         then = recorded_fingerprint(folder)
         if then is not None and here is not None:
             if then != here:

@@ -19,8 +19,8 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.probe import TOP, Scorer
 from finetune.export.adapter_folder import MAX_RANKS
 from finetune.export.export import export_model
-from finetune.models.adapters.folder import CONFIG_FILE
-from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch, read_json
+from finetune.models.adapters.folder import read_adapter_config
+from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch
 from finetune.serving.adapters import name_base
 from finetune.serving.loading import base_digest, load_template
 from finetune.serving.reference import check_served, references
@@ -207,7 +207,7 @@ def _llamacpp_name(start: Start) -> str:
 
 def _rank(folders: Mapping[str, Path]) -> int:
     """Return the smallest rank that vLLM allows and that holds all adapters."""
-    largest = max(int(read_json(folder / CONFIG_FILE, f"adapters.{name}")["r"]) for name, folder in folders.items())
+    largest = max(read_adapter_config(folder, f"adapters.{name}").get("r", 8) for name, folder in folders.items())
     return next(rank for rank in MAX_RANKS if rank >= largest)
 
 

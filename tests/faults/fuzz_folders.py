@@ -59,7 +59,8 @@ def stored(tensors: Mapping[str, torch.Tensor], change: Mutator) -> bytes:
         tensors[name] = _odd(tensors[name], change)
     if change.often(0.2):
         name = change.rng.choice(list(tensors))
-        tensors[change.text(name) if change.often(0.5) else f"{name}.default"] = tensors.pop(name)
+        other = change.text(name).encode("utf-8", "replace").decode() if change.often(0.5) else f"{name}.default"
+        tensors[other] = tensors.pop(name)
     raw = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
     if change.often(0.6):
         return raw
@@ -303,7 +304,7 @@ def token_cache(folder: Path) -> Any:
 def teacher_cache(folder: Path) -> Any:
     """Folders of a teacher's targets, whose sums are right for what they hold."""
     place = folder / "teacher"
-    origin = {"version": 1, "vocabulary": 100, "kept": {"cache_kind": "top_k", "top_k": 4}}
+    origin = {"version": 1, "vocabulary": 100, "kept": {"cache_kind": "top", "top_k": 4}}
     documents = [
         Document(np.array([i, 1, 2, 3], np.int32), np.array([-100, 1, 2, 3], np.int32), f"rows:{i}") for i in range(4)
     ]
@@ -403,7 +404,7 @@ def _repacked(raw: bytes, change: Mutator) -> bytes:
         for name in old.namelist():
             content = old.read(name)
             new.writestr(
-                change.text(name) if name == chosen and change.often(0.2) else name,
+                (change.text(name) or "x") if name == chosen and change.often(0.2) else name,
                 change.raw(content) if name == chosen else content,
             )
     return buffer.getvalue()

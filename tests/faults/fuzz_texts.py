@@ -29,6 +29,7 @@ from finetune.data.formats.parser import FORMATS
 from finetune.data.media.processor import build_media_processor
 from finetune.data.sources.paths import resolve_source
 from finetune.data.sources.readers import RawBatch
+from finetune.data.template import sandbox
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.template.sandbox import Renderer
 from finetune.data.tokens.prepare import Preparation
@@ -38,7 +39,7 @@ from finetune.models.families import FAMILIES
 from finetune.models.tokenizer import load_tokenizer
 from finetune.system.errors import DataError
 from finetune.system.resources import packaged
-from tests.faults.mutations import Mutator
+from tests.faults.mutations import Mutator, as_json
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORTED = ROOT.parent / "shared" / "bugs" / "rows"  # files of users' reports, where the machine has them
@@ -93,8 +94,11 @@ def chat(base: str) -> ChatTemplate:
 
 @cache
 def _configs() -> list[str]:
-    files = sorted((ROOT / "configs").rglob("*.yaml"))
-    return [file.read_text(encoding="utf-8") for file in files]
+    """Return the configs of whole runs, and the options of every group as runs."""
+    runs = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "configs" / "recipes").glob("*.yaml"))]
+    groups = [file for file in sorted((ROOT / "configs").glob("*/*.yaml")) if file.parent.name != "recipes"]
+    chosen = [f"defaults: [{{{file.parent.name}: {file.stem}}}]\n" for file in groups]
+    return [file.read_text(encoding="utf-8") for file in runs] + chosen
 
 
 def config_text(folder: Path) -> Any:
@@ -138,8 +142,8 @@ def overrides(folder: Path) -> Any:
     values = ["1", "true", "null", "nf4", "[a, b]", "{a: 1}", "'a b'", "2e-4", "[{path: a.jsonl}]", "${name}"]
 
     def word(change: Mutator, names: list[str]) -> str:
-        key = change.rng.choice(names) if change.often(0.9) else str(change.value())[:40]
-        value = change.text(change.rng.choice(values)) if change.often(0.6) else str(change.value())[:5000]
+        key = change.rng.choice(names) if change.often(0.9) else change.name()
+        value = change.text(change.rng.choice(values)) if change.often(0.6) else as_json(change.value())[:5000].decode()
         return change.text(f"{key}={value}") if change.often(0.2) else f"{key}={value}"
 
     def case(rng: random.Random) -> None:
@@ -250,7 +254,7 @@ def _templates() -> list[str]:
     from tests.unit.data.template.test_sandbox import BOMBS, ESCAPES
 
     written = [*(ROOT / "data").glob("*/chat_template.jinja"), *(ROOT / "configs" / "templates").glob("*.jinja")]
-    return [file.read_text(encoding="utf-8") for file in sorted(written)] * 20 + [*BOMBS, *ESCAPES]
+    return [file.read_text(encoding="utf-8") for file in sorted(written)] * 200 + [*BOMBS, *ESCAPES]
 
 
 _TAGS = (
@@ -285,7 +289,11 @@ _TAGS = (
 
 
 def templates(folder: Path) -> Any:
-    """Chat templates: rendered, and as a row is encoded by one."""
+    """Chat templates: rendered, and as a row is encoded by one.
+
+    A tenth of the sandbox's time: a row is rendered several times, and a case must end within CASE_SECONDS.
+    """
+    sandbox._RENDER_SECONDS /= 10
     tokenizer = load_tokenizer(RunConfig(model={"name": str(packaged("data") / "tiny-qwen2.5")}, data={}).model)
     conversation = Conversation((Message("system", "s"), Message("user", "u " * 50), Message("assistant", "a")))
     turns = [message.as_dict() for message in conversation.messages]

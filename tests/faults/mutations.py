@@ -127,7 +127,8 @@ class Mutator:
             self._change(parent, key, places, names)
         return holder[0] if holder else None
 
-    def _name(self) -> str:
+    def name(self) -> str:
+        """Return a name for a key."""
         value = self.value()
         return value[:50] if isinstance(value, str) else type(value).__name__
 
@@ -139,9 +140,9 @@ class Mutator:
                 other, there = self.rng.choice(places)
                 parent[key] = copy.deepcopy(other[there])
             case 2 if isinstance(parent, dict):
-                parent[self.rng.choice(names) if names else self._name()] = parent.pop(key)
+                parent[self.rng.choice(names) if names else self.name()] = parent.pop(key)
             case 3 if isinstance(parent[key], dict):
-                parent[key][self.rng.choice(names) if names else self._name()] = self.value()
+                parent[key][self.rng.choice(names) if names else self.name()] = self.value()
             case 3 | 4 if isinstance(parent[key], list):
                 parent[key].insert(self.rng.randint(0, len(parent[key])), self.value())
             case 4:

@@ -124,7 +124,8 @@ def with_formats(
         if batch.file != file:
             yield from waiting  # a file without a readable row
             file, name, waiting = batch.file, None, []
-        if name is None and (first := next((row.value for row in batch.rows() if isinstance(row.value, dict)), None)):
+        first = next((row.value for row in batch.rows() if isinstance(row.value, dict)), None) if name is None else None
+        if first is not None:
             try:
                 name = resolve_format(source, first, batch.file, objective)
             except DataError:

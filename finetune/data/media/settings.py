@@ -97,7 +97,7 @@ def _content(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); download the checkpoint again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds no settings; download the checkpoint again")

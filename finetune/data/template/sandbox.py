@@ -30,6 +30,7 @@ from finetune.system.errors import DataError
 _RENDER_SECONDS = 2.0  # CPU time of the thread: a busy machine does not count
 _RENDER_SIZE = 100_000_000  # characters, plus _ITEM per item of a list, over the whole render
 _ITEM = 256
+_WRITTEN_SIZE = 1_000_000  # characters of the result, which is tokenized: that takes longer than to render it
 _SIZE_OF_INPUT = 16  # more per character of the conversation: templates build texts piece by piece
 _LARGEST_NUMBER = 100_000  # in the arguments of a filter or a call
 _WIDE_PERCENT = re.compile(r"%[^A-Za-z%]*(\*|\d{4})")
@@ -65,7 +66,9 @@ class Renderer:
         """
         environment, template = self._compiled()
         budget = environment.budget
-        budget.refill(_SIZE_OF_INPUT * sum(_length(message["content"]) for message in messages))
+        of_input = _SIZE_OF_INPUT * sum(_length(message["content"]) for message in messages)
+        budget.refill(of_input)
+        may_write = _WRITTEN_SIZE + of_input
         row = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         # shared: a context that merges the globals itself costs more than the rendering of a short row.
         context = template.new_context(environment.globals | row, shared=True)
@@ -73,6 +76,9 @@ class Renderer:
         try:
             for part in template.root_render_func(context):
                 budget.spend(len(part))
+                may_write -= len(part)
+                if may_write < 0:
+                    raise SecurityError(f"it writes more than {_WRITTEN_SIZE:,} characters around the texts of one row")
                 parts.append(part)
         except (SecurityError, OverflowError, RecursionError, MemoryError) as error:
             raise DataError(f"data.chat_template: the template exceeds the sandbox: {error}") from error

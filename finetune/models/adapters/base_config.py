@@ -9,8 +9,7 @@ from pathlib import Path
 from finetune.config.compose import load_config, saved_config
 from finetune.config.overrides import quoted
 from finetune.config.schema import RunConfig
-from finetune.models.adapters.folder import CONFIG_FILE
-from finetune.models.hub import read_json
+from finetune.models.adapters.folder import CONFIG_FILE, read_adapter_config
 from finetune.system.errors import ConfigError, InputError
 from finetune.system.manifest import check_files
 from finetune.system.resources import packaged
@@ -43,11 +42,11 @@ def find_base_config(
         if (saved := saved_config(adapter, [*chosen, *overrides])) is not None:
             return saved
         if model is None:
-            config = read_json(adapter / CONFIG_FILE, f"adapter={adapter}")
+            config = read_adapter_config(adapter, f"adapter={adapter}")
             if not (base := config.get("base_model_name_or_path")):
                 raise ConfigError(f"adapter={adapter}: adapter_config.json names no base model\nhelp: add model=NAME")
-            revision = quoted(str(config["revision"])) if config.get("revision") else "null"
-            chosen = [f"model.name={quoted(str(base))}", f"model.revision={revision}"]
+            revision = quoted(config["revision"]) if config.get("revision") else "null"
+            chosen = [f"model.name={quoted(base)}", f"model.revision={revision}"]
     return load_config(str(packaged("configs") / "lora.yaml"), [*chosen, *overrides], needs_data=False)
 
 

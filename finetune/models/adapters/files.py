@@ -6,25 +6,30 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.models.adapters.folder import CONFIG_FILE, TENSOR_FILE, check_adapter_folder, find_adapter
+from finetune.models.adapters.folder import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    check_adapter_folder,
+    find_adapter,
+    read_adapter_config,
+)
 from finetune.models.adapters.inits import ADAPTER, initial_factors
 from finetune.models.adapters.names import PREFIX, as_peft_names
-from finetune.models.hub import read_json
 from finetune.models.module_matching import matches_key
 from finetune.models.safetensors_header import read_header
-from finetune.models.safetensors_index import save_tensors
+from finetune.models.safetensors_index import load_tensors, save_tensors
 from finetune.models.tokens import embedding_rows
-from finetune.system.errors import ConfigError, IntegrityError
+from finetune.system.errors import ConfigError, FinetuneError, IntegrityError
 from finetune.system.manifest import check_files
 
 _MASTER = ".parametrizations.weight.original"  # name of a parametrized weight in torch
@@ -135,8 +140,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     check_adapter_folder(folder, "adapter")
     check_files(folder, [TENSOR_FILE])
     file = folder / TENSOR_FILE
-    read_header(file)  # refuses a corrupt file
-    tensors = as_peft_names(load_file(file), str(file))
+    tensors = as_peft_names(load_tensors(file), str(file))
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise IntegrityError(f"{file}: NaN or infinity in {len(bad)} tensors: {', '.join(bad[:5])}")
     return tensors
@@ -147,6 +151,9 @@ def _incomplete(tensors: dict[str, Tensor]) -> Iterator[str]:
     factors = [name for name in tensors if ".lora_A." in name or ".lora_B." in name]
     if not factors:
         yield "no lora_A and lora_B"
+    if wrong := [name for name in factors if tensors[name].dim() != 2]:
+        yield f"{', '.join(wrong[:5])}: a factor is a matrix, found {list(tensors[wrong[0]].shape)}"
+        return
     for name in factors:
         is_A = ".lora_A." in name
         partner = name.replace(".lora_A.", ".lora_B.") if is_A else name.replace(".lora_B.", ".lora_A.")
@@ -233,9 +240,7 @@ def fetch_adapter(name: str, key: str = "lora.init_adapter") -> SavedAdapter:
         IntegrityError: it is corrupt, not finite or incomplete.
     """
     folder = find_adapter(name, key)
-    config = read_json(folder / CONFIG_FILE, f"{key}={name}")
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{key}={name}: not a LoRA adapter, found {config.get('peft_type')}")
+    config = read_adapter_config(folder, f"{key}={name}")
     tensors = read_tensors(folder)
     if problems := list(_incomplete(tensors)):
         raise IntegrityError(f"{key}={name}: {TENSOR_FILE} is corrupt: {'; '.join(problems[:10])}")
@@ -257,6 +262,18 @@ def load_weights(model: PeftModel, adapter: SavedAdapter) -> None:
     set_peft_model_state_dict(model, {name: adapter.tensors[_plain(name)] for name in own})
 
 
+@contextmanager
+def refusals_of_peft(where: str) -> Iterator[None]:
+    """Turn what PEFT raises for an adapter's settings and tensors into ConfigError, prefixed with `where`."""
+    try:
+        yield
+    except (FinetuneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # PEFT checks little, so that errors of every kind come from deep inside.
+        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise ConfigError(f"{where}: PEFT cannot load the adapter: {reason}") from error
+
+
 def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     """Load a frozen adapter onto its base in eval mode, like `PeftModel.from_pretrained`.
 
@@ -264,16 +281,16 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PeftModel:
     adapter's new tokens.
 
     Raises:
-        ConfigError: there is no adapter.
+        ConfigError: there is no adapter, or PEFT refuses its settings or its tensors.
         IntegrityError: it is corrupt.
     """
     folder = Path(folder)
     check_adapter(folder, trained=False)
-    config = read_json(folder / CONFIG_FILE, f"adapter={folder}")
+    config = read_adapter_config(folder, f"adapter={folder}")
     ids = [id for rows in token_ids(config).values() for id in rows]
     if ids and max(ids) >= embedding_rows(model):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), refusals_of_peft(f"adapter={folder}"):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         tensors = read_tensors(folder)
         if tensors.keys() == read_header(folder / TENSOR_FILE)[1].keys():

@@ -62,9 +62,12 @@ def shape_of(model_name: str) -> dict[str, Any] | None:
     config_file = Path(model_name).expanduser() / "config.json"
     if config_file.is_file():
         try:
-            config = text_settings(json.loads(config_file.read_text(encoding="utf-8")))
-        except ValueError:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None  # load_base reports the error
+        if not isinstance(config, dict):
+            return None
+        config = text_settings(config)
         return complete_shape(config)
     return next(filter(None, (family.shape_of_hub_id(model_name) for family in _RECORDS)), None)
 

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ from finetune.system.sealed import seal, unseal
 
 _LAYOUT = 1
 _MANIFEST = "manifest.json"
+_PART = re.compile(r"part-\d{5}\.safetensors")
 # Small enough for parallel hashing and for a copy off a GPU.
 _PART_BYTES = 64 << 20
 # Left free for checkpoints.
@@ -87,7 +89,7 @@ class QuantizedCache:
         except PermissionError as error:
             self.log(f"quant.cache: {self.entry} cannot be read ({error.strerror}); quantizing again")
             return None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             self.log(f"quant.cache: {self.entry} is corrupt ({error}); quantizing again")
             return None
         return layers
@@ -101,6 +103,8 @@ class QuantizedCache:
             raise ValueError(f"{_MANIFEST}: {error}") from error
         if made_from != self.made_from:
             raise ValueError(f"{_MANIFEST}: of another model")
+        if strange := [name for name in parts if not _PART.fullmatch(name)]:
+            raise ValueError(f"{_MANIFEST}: {strange[0][:80]!r} is no part of it")
         return parts
 
     @contextmanager

@@ -6,6 +6,7 @@ Run as a program it is killed over and over while it fills a folder: see `kill_u
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
@@ -86,6 +88,55 @@ def folder(tmp_path: Path) -> Path:
 
 
 # Reading
+
+
+@pytest.mark.parametrize("name", ["../shard-00000.safetensors", "/etc/hostname", "", "x.safetensors"])
+def test_a_list_of_shards_names_files_of_its_own_folder_only(folder, name):
+    listed = json.loads((folder / COMPLETE).read_text())
+    listed["shards"][name] = listed["shards"].pop("shard-00000.safetensors")
+    (folder / COMPLETE).write_text(json.dumps(listed))
+    with pytest.raises(IntegrityError, match="which is no shard"):
+        ShardReader(folder)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the tensors of the first shard, and write the right sums for them."""
+    shard = folder / "shard-00000.safetensors"
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+    listed = json.loads((folder / COMPLETE).read_text())
+    content = shard.read_bytes()
+    listed["shards"][shard.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (folder / COMPLETE).write_text(json.dumps(listed))
+
+
+ODD = {
+    "no keys": lambda tensors: tensors.pop("keys"),
+    "fewer keys": lambda tensors: tensors.update(keys=tensors["keys"][1:]),
+    "keys of another width": lambda tensors: tensors.update(keys=tensors["keys"][:, :8].copy()),
+    "counts that are negative": lambda tensors: tensors["counts"].__setitem__(0, -1),
+    "counts beyond the rows": lambda tensors: tensors["counts"].__setitem__(0, 10**6),
+    "counts of fractions": lambda tensors: tensors.update(counts=tensors["counts"].astype(np.float32)),
+    "a column too short": lambda tensors: tensors.update(low=tensors["low"][1:]),
+    "a column without rows": lambda tensors: tensors.update(low=np.array(1, np.uint16)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_shard_whose_parts_do_not_fit_each_other_is_named(folder, name):
+    rewrite(folder, ODD[name])
+    with pytest.raises(IntegrityError, match=r"shard-00000.safetensors is corrupt"):
+        ShardReader(folder)
+
+
+def test_a_shard_with_other_columns_than_its_kind_is_named(folder):
+    layout = {"low": ("U16", 2), "entropy": ("F32", 1)}
+    ShardReader(folder).check_layout(layout)
+    for change in (lambda tensors: tensors.pop("low"), lambda tensors: tensors.update(low=tensors["entropy"])):
+        rewrite(folder, change)
+        with pytest.raises(IntegrityError, match=r"shard-00000.safetensors is corrupt: .*low"):
+            ShardReader(folder).check_layout(layout)
 
 
 def test_documents_are_read_in_any_order_repeated_and_across_shards(folder):

@@ -12,7 +12,8 @@ from huggingface_hub import errors as hub_errors
 
 from finetune.config.schema import ModelConfig, QuantConfig
 from finetune.models import hub
-from finetune.models.hub import TEXT_FILES, fetch, read_config, weight_files
+from finetune.models.families import shape_of
+from finetune.models.hub import INDEX_FILE, TEXT_FILES, fetch, read_config, weight_files
 from finetune.models.load import load_base
 from finetune.models.safetensors_index import read_tensor
 from finetune.system.errors import ConfigError, IntegrityError, ResourceError
@@ -121,6 +122,45 @@ def test_invalid_configs_are_an_error(copy: Path, content: str | None, says: str
         (copy / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=says):
         read_config(copy, "base")
+
+
+def test_json_that_is_too_deep_is_an_error(copy: Path) -> None:
+    (copy / "config.json").write_text('{"a": ' + "[" * 5_000)
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_config(copy, "base")
+    assert shape_of(str(copy)) is None
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 2**31}, {"hidden_size": -1}, {"num_attention_heads": "4"}])
+def test_sizes_of_no_model_are_an_error(copy: Path, changes: dict) -> None:
+    rewrite_config(copy, **changes)
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        read_config(copy, "base")
+
+
+def test_settings_that_transformers_refuses_are_an_error(copy: Path) -> None:
+    rewrite_config(copy, rms_norm_eps="small")
+    with pytest.raises(ConfigError, match=r"config\.json: transformers cannot build the model: .*rms_norm_eps"):
+        load_base(ModelConfig(name=str(copy)), QuantConfig(), "cpu")
+
+
+OUTSIDE = ["../secret.safetensors", "/etc/passwd", "", "..", "a/b.safetensors", "x" * 999, None, 7, ["a"]]
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=str)
+def test_an_index_names_files_of_its_own_folder_only(make_base, tmp_path: Path, name: object) -> None:
+    folder = Path(shutil.copytree(make_base(max_shard_size="60KB"), tmp_path / "base"))
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"names no safetensors file of its own folder for 'model\.norm\.weight'"):
+        weight_files(folder, "base")
+
+
+def test_an_index_without_a_map_of_tensors_is_an_error(copy: Path) -> None:
+    (copy / INDEX_FILE).write_text('{"weight_map": ["model.safetensors"]}')
+    with pytest.raises(ConfigError, match="has no weight_map, found list"):
+        weight_files(copy, "base")
 
 
 def test_a_missing_shard_is_an_error_with_its_name(make_base, tmp_path: Path) -> None:

@@ -199,6 +199,14 @@ def test_a_value_that_doubles_is_stopped_before_it_is_used(in_half_a_second, sta
         render(source)
 
 
+def test_a_template_writes_little_more_than_the_texts_of_a_row():
+    """What it writes is tokenized, which takes longer than to write it."""
+    with pytest.raises(DataError, match="writes more than 1,000,000 characters"):
+        render("{% for i in range(1001) %}{{ 'a' * 1000 }}{% endfor %}")
+    long = [{"role": "user", "content": "a" * 2_000_000}]
+    assert len(render("{{ messages[0].content }}", messages=long)) == 2_000_000
+
+
 def test_namespaces_that_contain_each_other_have_a_short_text():
     source = (
         "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = namespace(a=[ns.x, ns.x]) %}{% endfor %}"

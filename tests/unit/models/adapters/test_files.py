@@ -152,6 +152,47 @@ def test_a_corrupt_adapter_is_an_error_with_its_cause(saved: Path, change, kind:
         check_adapter(saved)
 
 
+# A setting of adapter_config.json with a value that no program writes.
+ODD_SETTINGS = {
+    "r": True,
+    "lora_alpha": "16",
+    "rank_pattern": {"(": 4},
+    "alpha_pattern": ["q_proj"],
+    "target_modules": {"q_proj": 1},
+    "trainable_token_indices": [-1],
+    "use_dora": "yes",
+    "base_model_name_or_path": 7,
+    "revision": ["main"],
+    "peft_type": "IA3",
+    "megatron_config": {"size": 1},  # with it PEFT imports the module that megatron_core names
+}
+
+
+@pytest.mark.parametrize("key", ODD_SETTINGS)
+def test_an_odd_setting_is_an_error_wherever_the_adapter_is_read(saved: Path, load, key: str) -> None:
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: ODD_SETTINGS[key]}))
+    with pytest.raises(ConfigError, match="IA3" if key == "peft_type" else "pattern" if key == "rank_pattern" else key):
+        fetch_adapter(str(saved))
+    with pytest.raises(ConfigError, match=r"adapter_config.json|not a LoRA adapter"):
+        load_adapter(load("none"), saved)
+
+
+@pytest.mark.parametrize("change", [{"task_type": "x"}, {"layer_replication": [1]}, {"lora_ga_config": "x"}])
+def test_a_setting_that_peft_refuses_is_an_error(saved: Path, load, change: dict) -> None:
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ConfigError, match="PEFT cannot load the adapter"):
+        load_adapter(load("none"), saved)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 4, 64)])
+def test_a_factor_that_is_no_matrix_is_an_error(saved: Path, shape: tuple[int, ...]) -> None:
+    rewrite(saved, lambda tensors: tensors.update({next(iter(tensors)): torch.ones(shape)}))
+    with pytest.raises(IntegrityError, match="a factor is a matrix"):
+        check_adapter(saved)
+
+
 def test_an_untrained_adapter_passes_the_check_only_on_request(load, tmp_path: Path) -> None:
     save_adapter(attach_lora(load("nf4"), LoraConfig()), tmp_path)
     check_adapter(tmp_path, trained=False)
