@@ -164,6 +164,12 @@ def test_a_source_that_cannot_be_read_is_refused_by_name(tmp_path, name):
     assert str(error.value).startswith("data.train[0]: ") and name in str(error.value)
 
 
+def test_a_file_of_empty_objects_is_refused_by_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(DataError, match=r"rows.jsonl: rows with the columns none fit no format"):
+        load_data(prepared(tmp_path / "rows.jsonl"))
+
+
 def test_a_source_that_cannot_be_read_ends_the_command_with_2(tmp_path, finetune_command):
     (tmp_path / "rows.jsonl").write_text("")
     ended = finetune_command("data", "config=quickstart.yaml", "data.train=[{path: rows.jsonl}, {path: a/b/c}]")

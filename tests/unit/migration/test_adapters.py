@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import zipfile
 from pathlib import Path
 
 import peft
@@ -63,3 +65,17 @@ def test_a_pickle_with_code_or_without_tensors_is_refused(made_by_peft, tmp_path
     file.write_bytes(content)
     assert main(["migrate", str(file), "out=new"]) == 2
     assert not Path("ran").exists() and not Path("new").exists()
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder", "version", "data/0", ".format_version"])
+def test_a_damaged_part_of_a_pickle_is_refused(made_by_peft, tmp_path, name):
+    """Each part fails elsewhere in torch's loader, with an error of another kind."""
+    file = made_by_peft[0] / "adapter_model.bin"
+    with zipfile.ZipFile(file) as old:
+        parts = {each: old.read(each) for each in old.namelist()}
+    for content in (b"\xff\xfe\xfd" * 7, b"", b"9" * 50, b"}."):
+        with zipfile.ZipFile(file, "w") as new:
+            for each, kept in parts.items():
+                new.writestr(each, content if each.endswith(f"/{name}") else kept)
+        assert main(["migrate", str(file), f"out={tmp_path / 'new'}"]) in (0, 2, 3)
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)

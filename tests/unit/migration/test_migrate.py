@@ -17,7 +17,7 @@ from finetune.data.formats.messages import RawText
 from finetune.data.formats.parser import RowParser
 from finetune.data.sources.paths import resolve_source
 from finetune.migration.files import PEERS, read_peer_config
-from finetune.migration.migrate import migrate
+from finetune.migration.migrate import as_yaml, migrate
 from finetune.migration.settings import DEFAULTS, OF_ONE_FRAMEWORK, RULES, UNNEEDED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "peer_configs"
@@ -407,3 +407,47 @@ def test_preferences_keep_their_loss_and_count_both_sides_of_a_pair(text, expect
     file.write_text(text)
     settings = migrate(read_peer_config(file)).settings
     assert {key: settings[key] for key in expected} == expected
+
+
+ODD_VALUES = {
+    "max_steps": [1],
+    "learning_rate": {"a": 1},
+    "lora_rank": "\ud800",
+    "per_device_train_batch_size": [2],
+    "gradient_accumulation_steps": "\x1b[31m",
+    "max_samples": "many",
+    "model": {"a": 1},
+    "train": 7,
+    "plugins": 7,
+    "dataset_dir": "x" * 5_000,
+    "num_train_epochs": float("inf"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_VALUES)
+def test_a_value_of_no_meaning_is_lost_with_a_line_or_refused(tmp_path: Path, name: str):
+    settings = {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "rows.jsonl", "lora_rank": 4}
+    (tmp_path / "run.json").write_text(json.dumps(settings | {name: ODD_VALUES[name]}))
+    config = read_peer_config(tmp_path / "run.json")
+    migration = migrate(config)
+    assert any(line.startswith(name) or name in ("dataset_dir", "train") for line in migration.lost)
+    (tmp_path / "mine.yaml").write_text(as_yaml(migration, config, "mine.yaml"))
+    load_config(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"file_name": 7},
+        {"file_name": "a.jsonl", "columns": "x"},
+        {"file_name": "a.jsonl", "tags": [1], "formatting": "sharegpt"},
+        {"columns": {}},
+    ],
+)
+def test_an_odd_entry_of_a_list_of_datasets_is_left_out_or_read(tmp_path: Path, entry: dict):
+    listed = {"good": {"file_name": "rows.jsonl"}, "odd": {"file_name": "x"} | entry}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(listed))
+    sources = migrate(read_peer_config(tmp_path / "dataset_info.json")).settings["data.train"]
+    assert sources[0]["name"] == "good"
+    (tmp_path / "run.yaml").write_text("model_name_or_path: a/b\nfinetuning_type: lora\ndataset: odd\n")
+    assert migrate(read_peer_config(tmp_path / "run.yaml")).settings["data.train"]

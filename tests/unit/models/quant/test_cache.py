@@ -344,3 +344,20 @@ def test_files_with_other_tensor_names_are_loaded_by_transformers(start, base: P
     save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
     model, count, said = start()
     assert (count, said) == (0, []) and same(model, expected)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/hostname", "", "x.safetensors"])
+def test_a_manifest_names_its_own_parts_only(tmp_path: Path, name: str) -> None:
+    said: list[str] = []
+    entry = cache.QuantizedCache(tmp_path, {"a": 1}, said.append)
+    entry.entry.mkdir()
+    (entry.entry / "manifest.json").write_text(json.dumps({"made_from": {"a": 1}, "parts": {name: "0" * 64}}))
+    assert entry.find() is None and "is no part of it" in said[0]
+
+
+def test_a_manifest_that_is_too_deep_is_corrupt(tmp_path: Path) -> None:
+    said: list[str] = []
+    entry = cache.QuantizedCache(tmp_path, {"a": 1}, said.append)
+    entry.entry.mkdir()
+    (entry.entry / "manifest.json").write_text("[" * 5_000)
+    assert entry.find() is None and "is corrupt" in said[0]
