@@ -161,7 +161,7 @@ def test_an_index_names_files_of_its_own_folder_only(make_base, tmp_path: Path, 
 
 def test_an_index_without_a_map_of_tensors_is_an_error(copy: Path) -> None:
     (copy / INDEX_FILE).write_text('{"weight_map": ["model.safetensors"]}')
-    with pytest.raises(ConfigError, match="has no weight_map .*found list"):
+    with pytest.raises(ConfigError, match=r"has no weight_map .*found list"):
         weight_files(copy, "base")
 
 
