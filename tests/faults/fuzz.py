@@ -261,7 +261,7 @@ def _atheris(name: str, seconds: int) -> None:
         with contextlib.suppress(FinetuneError):
             case(Drawn(raw))
 
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096", "-timeout=20"], once)
+    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-max_len=4096", "-len_control=0", "-timeout=20"], once)
     atheris.Fuzz()
 
 
