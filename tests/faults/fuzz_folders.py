@@ -103,7 +103,7 @@ def _odd(tensor: torch.Tensor, change: Mutator) -> torch.Tensor:
         case 4:
             return tensor[None]
         case 5:
-            return tensor.view(-1)[0]
+            return tensor.sum()
         case 6:
             return torch.cat([tensor, tensor])
     return tensor

@@ -431,7 +431,7 @@ def test_a_value_of_no_meaning_is_lost_with_a_line_or_refused(tmp_path: Path, na
     config = read_peer_config(tmp_path / "run.json")
     migration = migrate(config)
     assert any(line.startswith(name) or name in ("dataset_dir", "train") for line in migration.lost)
-    (tmp_path / "mine.yaml").write_text(as_yaml(migration, config, "mine.yaml"))
+    (tmp_path / "mine.yaml").write_text(as_yaml(migration, config, "mine.yaml"), errors="backslashreplace")
     load_config(str(tmp_path / "mine.yaml"))
 
 
