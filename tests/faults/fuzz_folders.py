@@ -44,6 +44,7 @@ from finetune.planning.describe import dry_run
 from finetune.serving.engine.adapters import load_lora
 from finetune.system.errors import DataError, IntegrityError
 from finetune.system.resources import packaged
+from finetune.system.sealed import seal, unseal
 from tests.faults.mutations import RAN, Mutator, as_json
 from tests.models import random_qwen2, save_tiny_base
 
@@ -327,11 +328,11 @@ def teacher_cache(folder: Path) -> Any:
             (place / name).write_bytes(raw)
         content = stored(tensors, change)
         (place / shard).write_bytes(content)
-        complete = json.loads(right[COMPLETE])
+        complete = unseal(json.loads(right[COMPLETE]))
         complete["shards"][shard] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         if change.often(0.3):
             complete["shards"][rng.choice(("../x", "/etc/hostname", "", ".."))] = complete["shards"].pop(shard)
-        (place / COMPLETE).write_text(json.dumps(complete))
+        (place / COMPLETE).write_text(json.dumps(seal(complete)))
         if change.often(0.4):
             name = rng.choice((COMPLETE, "fingerprint.json"))
             write_json(place / name, json.loads((place / name).read_text()), change)

@@ -37,13 +37,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# Stores without sums of their files open what is damaged.
-_DAMAGED = pytest.mark.xfail(reason="the token cache has no sums of its files")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[_DAMAGED] * (name == "token-cache")) for name in fuzz.targets()]
-)
+@pytest.mark.parametrize("name", fuzz.targets())
 def test_a_case_succeeds_or_is_an_error_of_this_package(name: str, in_folder: Path):
     case = fuzz.targets()[name](in_folder)
 

@@ -22,9 +22,9 @@ QWEN25_SHAPES = QWEN25.shapes()
 
 def family_of(model_type: object, where: str) -> ModelFamily:
     """Return the record of a model type. Raises: ConfigError, prefixed with `where`, if it is not supported."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"{where}: unsupported model family, found {model_type!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[str(model_type)]
+    return FAMILIES[model_type]
 
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:

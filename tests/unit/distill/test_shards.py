@@ -29,6 +29,7 @@ from finetune.distill.codec import Columns
 from finetune.distill.fingerprint import KEY_BYTES, key_of
 from finetune.distill.shards import COMPLETE, FINGERPRINT, ShardReader, check_fingerprint, open_folder
 from finetune.system.errors import ConfigError, IntegrityError, ResourceError
+from finetune.system.sealed import seal, unseal
 
 ORIGIN = {"version": 1, "kept": {"cache_kind": "sampled", "head": 2}}
 
@@ -92,9 +93,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["../shard-00000.safetensors", "/etc/hostname", "", "x.safetensors"])
 def test_a_list_of_shards_names_files_of_its_own_folder_only(folder, name):
-    listed = json.loads((folder / COMPLETE).read_text())
+    listed = unseal(json.loads((folder / COMPLETE).read_text()))
     listed["shards"][name] = listed["shards"].pop("shard-00000.safetensors")
-    (folder / COMPLETE).write_text(json.dumps(listed))
+    (folder / COMPLETE).write_text(json.dumps(seal(listed)))
     with pytest.raises(IntegrityError, match="which is no shard"):
         ShardReader(folder)
 
@@ -105,10 +106,10 @@ def rewrite(folder: Path, change) -> None:
     tensors = load_file(shard)
     change(tensors)
     save_file(tensors, shard)
-    listed = json.loads((folder / COMPLETE).read_text())
+    listed = unseal(json.loads((folder / COMPLETE).read_text()))
     content = shard.read_bytes()
     listed["shards"][shard.name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (folder / COMPLETE).write_text(json.dumps(listed))
+    (folder / COMPLETE).write_text(json.dumps(seal(listed)))
 
 
 ODD = {
