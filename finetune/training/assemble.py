@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import RunConfig
@@ -17,6 +18,7 @@ from finetune.data.packing import MapSampler, Sampler, SequenceOrder
 from finetune.data.stream import StreamingSampler
 from finetune.data.template.chat import ChatTemplate
 from finetune.data.tokens.prepare import Preparation, console_progress
+from finetune.distill.resident import Share
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.fused import fuse_layers
 from finetune.models.load import load_base
@@ -66,20 +68,17 @@ def assemble(
         _store_data(cfg, preparation, data, tokenizer, log)
     judge = prepare_judge(cfg, own_rewards, data, preparation)
     vocabulary = check_distillation(cfg, tokenizer, data, log)
-    share = _share_among(inputs.shard_ranks, cfg, accelerator) if inputs.shard_ranks > 1 else None
     given, base = base, _with_copies(base or _load(cfg, inputs, accelerator, log), cfg, inputs)
+    share = _share_among(inputs.shard_ranks, cfg, accelerator)
     if towers := build_towers(base, cfg.model, preparation.media, cfg.data.media_cache and not cfg.lora.towers):
         _run_towers(towers, cfg, data, accelerator, log=log, keep=given is not None)
     # Before the adapter is attached: student and teacher use one copy of equal tensors.
-    shared = {"chat": chat, "data": data, "vocabulary": vocabulary, "accelerator": accelerator}
-    distillation = build_distillation(cfg, base=base, share=share, log=log, **shared)
+    parts = {"chat": chat, "data": data, "vocabulary": vocabulary, "accelerator": accelerator, "share": share}
+    distillation = build_distillation(cfg, base=base, log=log, **parts)
     # A second tokenizer, because attach_lora adds the new tokens itself.
     model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
-    if cfg.train.kernels == "fused":
-        detail(f"kernels: {fuse_layers(model)}")
-    if share is not None:
-        share(base)
-        log(f"base: sharded over {inputs.shard_ranks} ranks")
+    _fuse(model, cfg, detail)
+    _share(base, share, inputs, log)
     model.train()
     preference = build_preference(cfg, model, chat, data, log)
     reinforcement = build_reinforcement(cfg, model, sampler, judge, accelerator=accelerator, log=log) if judge else None
@@ -115,8 +114,21 @@ def _load(cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, log: Log
     return load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=inputs.shard_ranks > 1)
 
 
-def _share_among(ranks: int, cfg: RunConfig, accelerator: Accelerator) -> Callable[[PreTrainedModel], None]:
+def _fuse(model: PeftModel, cfg: RunConfig, detail: Log) -> None:
+    if cfg.train.kernels == "fused":
+        detail(f"kernels: {fuse_layers(model)}")
+
+
+def _share(base: PreTrainedModel, share: Share | None, inputs: PlanInputs, log: Log) -> None:
+    if share is not None:
+        share(base)
+        log(f"base: sharded over {inputs.shard_ranks} ranks")
+
+
+def _share_among(ranks: int, cfg: RunConfig, accelerator: Accelerator) -> Share | None:
     """Return the function that keeps this rank's part of a loaded model, of which `ranks` ranks hold one copy."""
+    if ranks == 1:
+        return None
     device = accelerator.device
     return partial(shard_base, mesh=shard_mesh(device, ranks), device=device, offload=cfg.parallel.offload)
 
