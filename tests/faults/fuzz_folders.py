@@ -187,9 +187,7 @@ def models(folder: Path) -> Any:
             case 2:
                 index = copy.deepcopy(texts["model.safetensors.index.json"])
                 index["weight_map"][rng.choice(list(index["weight_map"]))] = rng.choice((*names, change.value()))
-                write_json(place / "model.safetensors.index.json", index, change) if change.often(0.5) else (
-                    place / "model.safetensors.index.json"
-                ).write_text(json.dumps(index))
+                write_json(place / "model.safetensors.index.json", index, change if change.often(0.5) else None)
             case 3:
                 write_json(place / "preprocessor_config.json", texts["preprocessor_config.json"], change)
                 build_media_processor(FAMILIES["qwen2_5_omni_thinker"], place, DataConfig())

@@ -164,6 +164,12 @@ def test_a_source_that_cannot_be_read_is_refused_by_name(tmp_path, name):
     assert str(error.value).startswith("data.train[0]: ") and name in str(error.value)
 
 
+def test_a_part_whose_type_is_no_text_is_an_object(tmp_path):
+    part = {"type": ["text"], "text": "a"}
+    (tmp_path / "rows.jsonl").write_text(chats(USER | {"content": [part]}, ASSISTANT))
+    assert len(load_data(prepared(tmp_path / "rows.jsonl", on_object="json")).train[0].store) == 1
+
+
 def test_a_file_of_empty_objects_is_refused_by_name(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
     with pytest.raises(DataError, match=r"rows.jsonl: rows with the columns none fit no format"):

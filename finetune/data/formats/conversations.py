@@ -222,7 +222,8 @@ def _missing(fields: Fields, key: str) -> str:
 
 
 def _are_parts(content: list[Any]) -> bool:
-    return not content or any(isinstance(part, Mapping) and part.get("type") in _PARTS for part in content)
+    types = [part.get("type") for part in content if isinstance(part, Mapping)]
+    return not content or any(isinstance(kind, str) and kind in _PARTS for kind in types)
 
 
 def _calls(value: Any, location: str, notes: list[str]) -> tuple[ToolCall, ...]:

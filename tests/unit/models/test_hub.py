@@ -105,6 +105,7 @@ def test_a_full_disk_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> Non
     ("changes", "says"),
     [
         ({"auto_map": {"AutoModel": "evil.Model"}}, "names code to run"),
+        ({"model_type": ["qwen2"]}, "found ..qwen2"),
         ({"model_type": "phi3"}, "found 'phi3'; supported: qwen2, qwen3"),
         ({"quantization_config": {"quant_method": "awq"}}, "already quantized"),
     ],
