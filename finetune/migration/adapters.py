@@ -38,6 +38,8 @@ def convert_pickle(file: Path, out: Path) -> None:
         raise InputError(f"{file}: holds code or is damaged, so nothing is loaded ({reason})") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise InputError(f"{file}: expected named tensors, found {type(found).__name__}")
+    if odd := [name for name in found if not isinstance(name, str) or not name.isprintable()]:
+        raise InputError(f"{file}: the name of a tensor is no printable text, found {str(odd[0])[:80]!r}")
     config = read_adapter_config(file.parent, str(file))
     tensors = {name: tensor.contiguous() for name, tensor in as_peft_names(found, str(file)).items()}
     with staged(out, sum(tensor.nbytes for tensor in tensors.values())) as folder:
