@@ -50,7 +50,8 @@ def check_downloads(files: Iterable[Path], memory: Path) -> None:
     Raises:
         IntegrityError: names a corrupt file.
     """
-    weights_digest([file for file in sorted(set(files)) if _sum_in_name(file) is not None], memory)
+    if named := [file for file in sorted(set(files)) if _sum_in_name(file) is not None]:
+        weights_digest(named, memory)
 
 
 def base_fingerprint(model_name: str) -> str | None:

@@ -68,7 +68,7 @@ def test_other_settings_are_refused_with_their_names(tmp_path: Path) -> None:
 
 def test_another_programs_file_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text('["mine"]\n')
-    with pytest.raises(ConfigError, match=r"measured\.jsonl: not written by"):
+    with pytest.raises(ConfigError, match=r"measured\.jsonl: corrupt, or not written by"):
         Journal(tmp_path, MADE_FROM)
     assert (tmp_path / JOURNAL).read_text() == '["mine"]\n'
     (tmp_path / "file").write_text("")

@@ -152,7 +152,7 @@ def test_leftovers_of_a_killed_tokenization_are_not_used(tmp_path, chat):
 def test_a_failed_tokenization_leaves_nothing(tmp_path, chat, monkeypatch):
     file = rows(tmp_path)
     monkeypatch.setattr(prepare.StoreWriter, "finish", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(ResourceError, match=r"data\.cache: .*: the disk is full"):
         store_of(preparation(tmp_path, chat, file))
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
