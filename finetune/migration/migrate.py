@@ -123,7 +123,8 @@ def _translate(name: str, value: Any, rule: Rule | None, migration: Migration) -
         return
     if key and found is not None:
         if problem := _misfit(key, found):
-            migration.lost.append(f"{name}: {shown(value)}: {problem}")
+            migration.settings.pop(key, None)  # the framework's default is not what the config names
+            migration.lost.append(f"{key}: {shown(value)}: {problem}")
         elif migration.settings.get(key) != "int8" or key != "quant.type":
             migration.settings[key] = found
     elif note and value not in (False, 0, "none", "no", "0", -1):
@@ -140,7 +141,7 @@ def _misfit(key: str, value: Any) -> str:
     try:
         _type_of(key).validate_python(value)
     except ValidationError as error:
-        return f"{key}: {error.errors()[0]['msg']}"
+        return error.errors()[0]["msg"]
     return ""
 
 
