@@ -171,7 +171,11 @@ def _move_scales(layer: nn.Module, device: torch.device) -> None:
         vars(linear)["weight_options"] = vars(linear.weight).copy()
         linear.register_parameter("absmax", nn.Parameter(state.absmax, requires_grad=False))
         state.absmax = state.absmax.new_empty(0)
-        state.to(device)
+        kept = [(state, "code")]
+        if state.nested:
+            kept += [(state, "offset"), (state.state2, "code"), (state.state2, "absmax")]
+        for owner, name in kept:  # copied: a view of a mapped file keeps all its pages
+            setattr(owner, name, getattr(owner, name).to(device, copy=True))
 
 
 def _bind_scales(layer: nn.Module, _: Any) -> None:
