@@ -90,6 +90,12 @@ SLOW: dict[str, str] = {
     "tests/faults/test_kills.py::test_every_command_survives_kills": (
         "tests/faults/test_kills.py::test_killed_commands_end_in_the_files_of_undisturbed_ones"
     ),
+    "tests/faults/test_damage.py::test_no_damage_is_missed": (
+        "tests/faults/test_damage.py::test_a_reader_that_checks_nothing_loses_cases"
+    ),
+    "tests/faults/test_disk.py::test_a_failing_disk_leaves_the_old_state_or_the_new_one": (
+        "tests/faults/test_disk.py::test_a_save_that_is_not_one_rename_loses_cases"
+    ),
     "tests/faults/test_places.py": (
         "tests/equivalence/test_resume.py::test_a_corrupt_checkpoint_is_skipped_and_the_result_is_the_same"
     ),

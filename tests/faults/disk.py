@@ -38,7 +38,7 @@ FAULTS = {
     "quota": (errno.EDQUOT, True),
     "I/O error": (errno.EIO, False),
     "read-only": (errno.EROFS, True),
-    "folder gone": (errno.ENOENT, True),
+    "path missing": (errno.ENOENT, False),
     "short write": (0, True),
 }
 _FULL = ("full", "full once", "quota")

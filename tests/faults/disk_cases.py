@@ -210,7 +210,7 @@ def _records(folder: Path, names: Sequence[str]) -> Iterator[Case]:
 
     def read() -> Any:
         file = journal / "measured.jsonl"
-        return Journal(journal, made_from).measured if file.is_file() and file.stat().st_size else None
+        return Journal(journal, made_from).measured or None if file.is_file() else None
 
     yield Case("sensitivity journal", journal, measure, read)
 

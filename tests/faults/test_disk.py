@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 def test_a_failing_disk_leaves_the_old_state_or_the_new_one():
     figures = disk.run(names=("checkpoint", "quantized cache", "sweep.json"), count=6)
     assert figures["lost"] == 0, figures["examples"]
-    assert figures["failed"] > 60
+    assert figures["failed"] > 40
 
 
 def case(folder: Path, save) -> disk.Case:
