@@ -155,7 +155,7 @@ def _caches(folder: Path, names: Sequence[str]) -> Iterator[Case]:
         return ({"ids": np.full((one.target_tokens, 4), one.ids[0], np.int32)} for one in some)
 
     def fill() -> None:
-        fill_cache(teacher, ORIGIN, documents, encode, group_tokens=50, progress=lambda *_: None, flush_seconds=0)
+        fill_cache(teacher, ORIGIN, documents, encode, group_tokens=50, progress=lambda *_: None)
 
     def read_teacher() -> Any:
         try:

@@ -132,22 +132,11 @@ class Preparation:
                     idle_since = time.monotonic()
         if not self.main or is_valid(folder):
             return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock):
-            if is_valid(folder):
-                return
-            # Nobody else writes under the lock: these folders are left from a killed process.
-            for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-            temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-            try:
-                with os_errors_as(FinetuneError, f"data.cache: {folder}: cannot be written", _FULL):
-                    write(temporary)
-                    os.rename(temporary, folder)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+        with os_errors_as(FinetuneError, f"data.cache: {folder}: cannot be written", _FULL):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(lock):
+                if not is_valid(folder):
+                    _replace(folder, write)
 
     def write(self, folder: Path, source: SourceConfig, batches: Iterable[RawBatch], made_from: dict[str, Any]) -> None:
         """Encode batches of a source, with their formats, into a new store in `folder`."""
@@ -167,6 +156,21 @@ class Preparation:
             self.progress(files.name, min(batch.bytes_read, files.size_bytes - 1), files.size_bytes, rows)
         self.progress(files.name, files.size_bytes, files.size_bytes, rows)  # also if a limit stops earlier
         writer.finish(made_from)
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder and rename it, under the lock of `folder`."""
+    # Nobody else writes under the lock: these folders are left from a killed process.
+    for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:
