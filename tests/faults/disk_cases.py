@@ -126,7 +126,7 @@ def _figures(folder: Path, names: Sequence[str]) -> Iterator[Case]:
         except FinetuneError:
             return None
         assert not found.problems, found.problems
-        return found.result
+        return found.result or None  # the files before it are written
 
     yield Case("figures of a run", run, save, read)
 
