@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 # As safetensors and tokenizers write it.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+# A row can name a file by any text.
+_LONGEST_NAME = 200
 
 
 class FinetuneError(Exception):
@@ -101,7 +103,8 @@ def os_errors_as(kind: type[FinetuneError], problem: str, advice: str = "free sp
         if is_disk_full(error):
             raise ResourceError(f"{problem}: the disk is full\nhelp: {advice}") from error
         if isinstance(error, OSError):
-            file = "" if error.filename is None or str(error.filename) in problem else f" ({error.filename})"
+            name = "" if error.filename is None else str(error.filename)
+            file = f" ({name[:_LONGEST_NAME]})" if name and name not in problem else ""
             raise kind(f"{problem}: {error.strerror or error}{file}") from error
         if (number := error_number(error)) is not None:
             raise kind(f"{problem}: {os.strerror(number)}") from error

@@ -221,7 +221,7 @@ def test_a_typo_in_an_option_gets_the_nearest_option(kind, word, meant):
     assert f"{word.partition('=')[0]}: unknown key; did you mean {meant}?" in str(raised.value)
 
 
-@pytest.mark.parametrize("word", ["modl=qwen2.5-7b", "lora_r=16", "train.max_step=3", "nonsense=1"])
+@pytest.mark.parametrize("word", ["modl=qwen2.5-7b", "lora_r=16", "train.max_step=3", "absent=1"])
 def test_an_unknown_word_is_left_to_the_config(word):
     assert read_beside_config(PlanOptions, arguments(word), "finetune plan")[1] == [word]
 
