@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.system.locks import try_lock
+from finetune.system.manifest import MANIFEST, read_manifest
+from finetune.system.manifest import differences as damaged
 
-# What a clock or the command line decides. The manifest of a checkpoint has the digest of its state, which has seconds.
+# What a clock or the command line decides.
+_TIMED = ("run.json", "state.json")  # files of runs and checkpoints, whose digests the manifest beside them holds
 _MEASURED = {"seconds", "train_seconds", "duration_seconds", "tokens_per_second", "peak_bytes", "started", "command"}
-_MEASURED |= {"state.json"}
 
 
 def held_locks(folder: Path) -> list[str]:
@@ -37,7 +39,9 @@ def content_of(folder: Path) -> dict[str, Any]:
             found[name] = "folder"
             continue
         data = path.read_bytes().replace(str(folder).encode(), b".")
-        if path.suffix == ".json":
+        if path.name == MANIFEST and any((path.parent / timed).exists() for timed in _TIMED):
+            found[name] = (set(read_manifest(path.parent)), damaged(path.parent))
+        elif path.suffix == ".json":
             found[name] = _unmeasured(json.loads(data))
         elif path.suffix == ".jsonl":
             found[name] = [_unmeasured(json.loads(line)) for line in data.splitlines()]
