@@ -245,7 +245,7 @@ def test_model_is_a_folder_without_a_config_and_a_group_with_one(monkeypatch, wo
 
 
 def test_a_bare_adapter_brings_its_base_and_revision_and_the_default_quantization(tmp_path: Path):
-    base = {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "abc"}
+    base = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2.5-0.5B", "revision": "abc"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(base))
     config = find_base_config("finetune chat", None, None, tmp_path, ["quant.double=false"])
     assert (config.model.name, config.model.revision) == ("Qwen/Qwen2.5-0.5B", "abc")

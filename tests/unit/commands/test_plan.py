@@ -52,7 +52,8 @@ def test_too_little_main_memory_for_offloading_does_not_fit_on_this_machine(caps
 def test_every_packaged_config_can_be_planned(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("traces", "train", "heldout"):  # Two configs name rows that the user makes first.
-        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+        row = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     for file in sorted(packaged("configs").glob("*.yaml")):
         code, content = plan(capsys, f"config={file.name}", "gpu_gb=80")
         assert code == 0 and sum(content["parts"].values()) == pytest.approx(content["peak_bytes"]), file
