@@ -102,7 +102,7 @@ def test_a_slurm_job_at_its_time_limit_saves_a_checkpoint_and_continues_in_the_q
     run, job = tmp_path / "run", slurm_job(tmp_path, nodes=2)
     settings = [*SETTINGS[:1], "train.max_steps=80", "train.batch_size=2", *SETTINGS[2:], f"output_dir={run}"]
     batch = start([*SLURM, *settings], **job)
-    while not (run / "metrics.jsonl").exists():
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):  # of its first step
         assert batch.poll() is None, batch.communicate()[0]
         time.sleep(0.05)
     batch.send_signal(signal.SIGUSR1)
