@@ -89,3 +89,4 @@ def test_a_folder_that_is_gone_is_released(tmp_path):
     lock = claim_folder(load_config("quickstart.yaml", [f"output_dir={tmp_path / 'run'}"]))
     shutil.rmtree(tmp_path / "run")
     release_folder(lock)
+    assert not lock.is_locked
