@@ -150,7 +150,7 @@ class ServeOptions(Section):
     adapter: Text | None = Field(None, description="Run folder, checkpoint or adapter folder to serve on its base.")
     adapters: dict[Name, Text] = Field({}, description="More adapters of the base, as {name: FOLDER, …}.")
     model: Text | None = Field(None, description="Base: hub id or folder; without an adapter, the model to serve.")
-    engine: Literal["embedded", "vllm", "sglang", "llamacpp"] = Field(
+    engine: Literal["embedded", "vllm", "sglang", "llamacpp", "tensorrt_llm"] = Field(
         "embedded", description="Program that computes: this package's own, or a server that it starts and watches."
     )
     engine_args: list[Text] = Field([], description="More arguments of that server, as it takes them.")

@@ -1,15 +1,18 @@
-"""`finetune serve engine=vllm|sglang|llamacpp`: start another server with the right arguments, prove it, watch it.
+"""`finetune serve engine=NAME`: start another server with the right arguments, prove it, watch it.
 
-Sources: `vllm serve --help`, `sglang serve --help`, `llama-server --help`, and docs.sglang.io on LoRA serving.
+Sources: `vllm serve --help`, `sglang serve --help`, `llama-server --help`, docs.sglang.io on LoRA serving, and of
+TensorRT-LLM 1.2 commands/serve.py, serve/openai_protocol.py, serve/postprocess_handlers.py and features/lora.md.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -21,13 +24,23 @@ from finetune.export.adapter_folder import MAX_RANKS
 from finetune.export.export import export_model
 from finetune.models.adapters.folder import read_adapter_config
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch
+from finetune.models.tokenizer import load_tokenizer
 from finetune.serving.adapters import name_base
 from finetune.serving.loading import base_digest, load_template
 from finetune.serving.reference import check_served, references
-from finetune.serving.scorers import Ask, ask_completions, ask_llamacpp, ask_sglang, server_scorer
-from finetune.serving.server import address_of, api_key, describe, listen
+from finetune.serving.scorers import (
+    Ask,
+    ask_completions,
+    ask_llamacpp,
+    ask_sglang,
+    ask_tensorrt_llm,
+    server_scorer,
+    unique_texts,
+)
+from finetune.serving.server import KEY_VARIABLE, address_of, api_key, describe, listen
 from finetune.serving.service import adapter_digest
 from finetune.serving.supervise import running
+from finetune.system.atomic import write_text
 from finetune.system.console import log
 from finetune.system.errors import ConfigError, MissingExtra
 from finetune.system.resources import cache_home
@@ -69,8 +82,8 @@ class Start:
 class Program:
     """Another server: its executable, where to get it, its arguments, and how it is asked for log-probabilities.
 
-    key_variable: environment variable of its API key; empty if `words` has it. environment: other variables.
-    names: that requests may ask for.
+    key_variable: environment variable of its API key; empty if `words` has it, None if the server checks no key.
+    environment: other variables. names: that requests may ask for.
     """
 
     executable: str
@@ -78,7 +91,7 @@ class Program:
     words: Callable[[Start], list[str]]
     ask: Callable[[Start, str | None], Ask]
     names: Callable[[Start], list[str]]
-    key_variable: str = ""
+    key_variable: str | None = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -103,6 +116,11 @@ def serve_external(
     if shutil.which(program.executable) is None:
         raise MissingExtra(f"engine={options.engine}: {program.executable} is not on PATH\nhelp: {program.advice}")
     key = api_key(options.host)
+    if key is not None and program.key_variable is None:
+        raise ConfigError(
+            f"engine={options.engine}: {program.executable} checks no key, found one in {KEY_VARIABLE}\n"
+            "help: unset it, and put a proxy that checks keys before the server"
+        )
     with listen(options.host, options.port) as listening:
         port = listening.getsockname()[1]
     base = gguf.stem if gguf is not None else name_base(config.model, adapters)
@@ -201,6 +219,45 @@ def llamacpp_words(start: Start) -> list[str]:
     return words
 
 
+def tensorrt_llm_words(start: Start) -> list[str]:
+    """Return the command line of `trtllm-serve`. Its YAML file names the adapters, which are served in 16 bit."""
+    settings = start.options.serve
+    words = ["trtllm-serve", "serve", str(start.folder), "--host", start.options.host, "--port", str(start.port)]
+    words += ["--max_batch_size", str(settings.max_batch)]
+    if settings.context_tokens is not None:
+        words += ["--max_seq_len", str(settings.context_tokens)]
+    if start.adapters:
+        requests = [_lora_request(start, name) for name in start.adapters]
+        lora = {
+            "lora_dir": [each["lora_path"] for each in requests],
+            "max_lora_rank": _rank({each["lora_name"]: Path(each["lora_path"]) for each in requests}),
+            "max_loras": len(requests),
+            "max_cpu_loras": len(requests),
+        }
+        # A CUDA graph is captured without adapters: TensorRT-LLM's own test of adapters turns graphs off.
+        content = json.dumps({"lora_config": lora, "cuda_graph_config": None}) + "\n"  # JSON is YAML
+        file = cache_home("served") / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.yaml"
+        write_text(file, content)
+        words += ["--config", str(file)]
+        for each in requests:
+            log(f'serve: requests choose the adapter {each["lora_name"]} by "lora_request": {json.dumps(each)}')
+    if start.template is not None:
+        words += ["--chat_template", str(start.template)]
+    return words
+
+
+def _lora_request(start: Start, name: str) -> dict[str, Any]:
+    """Return what a request to trtllm-serve names an adapter by."""
+    number = list(start.adapters).index(name) + 1
+    folder = _plain_adapter(start, start.adapters[name])
+    return {"lora_name": name, "lora_int_id": number, "lora_path": str(folder)}
+
+
+def _ask_tensorrt_llm(start: Start, name: str | None) -> Ask:
+    lora = None if name is None else _lora_request(start, name)
+    return ask_tensorrt_llm(start.base, lora, unique_texts(load_tokenizer(start.config.model)))
+
+
 def _llamacpp_name(start: Start) -> str:
     return next(iter(start.adapters)) if len(start.adapters) == 1 else start.base
 
@@ -268,5 +325,13 @@ PROGRAMS = {
         key_variable="LLAMA_API_KEY",
         # Pages of other sites that a browser here shows must not ask. Older versions do not read it.
         environment={"LLAMA_ARG_CORS_ORIGINS": "localhost"},
+    ),
+    "tensorrt_llm": Program(
+        "trtllm-serve",
+        "use the container of launch/tensorrt-llm/Dockerfile",
+        tensorrt_llm_words,
+        ask=_ask_tensorrt_llm,
+        names=lambda start: [start.base],
+        key_variable=None,
     ),
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
+from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import evenly_spaced
 from finetune.evaluation.probe import TOP, Row, Scored, Scorer
@@ -63,11 +65,14 @@ def server_scorer(ask: Ask, url: str, key: str | None) -> Scorer:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=url, headers=headers, timeout=_SECONDS, trust_env=False) as client:
             try:
-                return [ask(client, row) for row in rows]
+                found = [ask(client, row) for row in rows]
             except httpx.HTTPStatusError as error:
                 raise FinetuneError(f"check: {url} refuses: {error.response.text[:400]}") from error
             except (httpx.HTTPError, LookupError, ValueError, TypeError, AttributeError) as error:
                 raise FinetuneError(f"check: {url} gave no log-probabilities: {error!r}") from error
+        if not any(scored for scores in found for scored in scores):
+            raise FinetuneError(f"check: {url} gave log-probabilities of no tokens whose ids are known")
+        return found
 
     return score
 
@@ -111,22 +116,61 @@ def ask_llamacpp(lora: int | None) -> Ask:
     lora: number of the adapter; None: the base alone.
     """
 
-    def ask(client: httpx.Client, row: Row) -> list[Scored | None]:
+    def ask(client: httpx.Client, ids: Sequence[int]) -> Scored:
+        body = {
+            "prompt": ids,
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": TOP,
+            "cache_prompt": True,
+            "lora": [] if lora is None else [{"id": lora, "scale": 1.0}],
+        }
+        top = _post(client, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        return _best(None, {each["id"]: each["logprob"] for each in top})
+
+    return _ask_next_tokens(ask)
+
+
+def ask_tensorrt_llm(model: str, lora: Mapping[str, Any] | None, ids_of: Mapping[str, int]) -> Ask:
+    """Ask trtllm-serve's /v1/completions for the next token after 8 beginnings of a row: it scores no prompts.
+
+    It names tokens by their texts. A place that lists a text of several tokens is not compared.
+
+    Args:
+        model: name in the requests; the server has one model.
+        lora: its `lora_request`; None: the base alone.
+        ids_of: of texts that one token alone has, as `unique_texts` returns them.
+    """
+
+    def ask(client: httpx.Client, ids: Sequence[int]) -> Scored | None:
+        body: dict[str, Any] = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
+        if lora is not None:
+            body["lora_request"] = dict(lora)
+        [top] = _post(client, "/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"]
+        if not top.keys() <= ids_of.keys():
+            return None
+        return _best(None, {ids_of[text]: log_prob for text, log_prob in top.items()})
+
+    return _ask_next_tokens(ask)
+
+
+def unique_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the id of every text that a token alone has; pieces of characters share theirs, for instance."""
+    texts = tokenizer.batch_decode([[id] for id in range(len(tokenizer))])
+    seen = Counter(texts)
+    return {text: id for id, text in enumerate(texts) if seen[text] == 1}
+
+
+def _ask_next_tokens(ask: Callable[[httpx.Client, Sequence[int]], Scored | None]) -> Ask:
+    """Score some tokens of a row, each by a request with the tokens before it."""
+
+    def ask_row(client: httpx.Client, row: Row) -> list[Scored | None]:
         found: list[Scored | None] = [None] * row.scored
         for place in evenly_spaced(row.scored, _ASKED):
-            body = {
-                "prompt": row.ids[: row.first + place],
-                "n_predict": 1,
-                "temperature": 0,
-                "n_probs": TOP,
-                "cache_prompt": True,
-                "lora": [] if lora is None else [{"id": lora, "scale": 1.0}],
-            }
-            top = _post(client, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
-            found[place] = _best(None, {each["id"]: each["logprob"] for each in top})
+            found[place] = ask(client, row.ids[: row.first + place])
         return found
 
-    return ask
+    return ask_row
 
 
 def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> Any:

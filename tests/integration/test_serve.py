@@ -195,7 +195,7 @@ def test_a_drifted_gguf_and_a_wrong_adapter_are_refused_with_figures(tmp_path):
     codes = {}
     for folder in (merged, drifted):
         out = tmp_path / f"{folder.name}-gguf"
-        export_model(ExportOptions(model=str(folder), format="gguf", out=str(out), verify=False))
+        export_model(ExportOptions(model=str(folder), format="gguf", type="q4_0", out=str(out), verify=False))
         words = (f"model={next(out.glob('*.gguf'))}", *settings)
         codes[folder.name] = serve_llama(*words, ask=lambda http: None, cwd=tmp_path)
     assert (codes["merged"].returncode, codes["drifted"].returncode) == (0, 3), codes["merged"].stderr

@@ -10,21 +10,31 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from finetune.config.command_options import ServeOptions, ServeSettings
 from finetune.config.compose import load_config
 from finetune.evaluation.probe import Probe, Row, compare, measure
 from finetune.serving import external
 from finetune.serving.external import PROGRAMS, Start
-from finetune.serving.scorers import Ask, ask_completions, ask_llamacpp, ask_sglang, server_scorer
+from finetune.serving.scorers import (
+    Ask,
+    ask_completions,
+    ask_llamacpp,
+    ask_sglang,
+    ask_tensorrt_llm,
+    server_scorer,
+    unique_texts,
+)
 from finetune.serving.supervise import running
-from finetune.system.errors import FinetuneError, Interrupted
+from finetune.system.errors import ConfigError, FinetuneError, Interrupted
 from tests.models import random_qwen2
 from tests.runs import reference_run
 from tests.served import wait_until
@@ -101,6 +111,50 @@ def test_the_arguments_of_llamacpp(start, exports):
     assert [options.merge for options in exports] == [True, False, False]
 
 
+# Options of `trtllm-serve serve` in TensorRT-LLM 1.2 (commands/serve.py) that serve a model from a folder.
+TRTLLM_OPTIONS = {"--host", "--port", "--max_batch_size", "--max_seq_len", "--config", "--chat_template"}
+# Fields of its LoraConfig (lora_helper.py) and of its LoRARequest (executor/request.py).
+LORA_CONFIG = {
+    *("lora_dir", "lora_ckpt_source", "max_lora_rank", "lora_target_modules", "trtllm_modules_to_hf_modules"),
+    *("max_loras", "max_cpu_loras", "swap_gate_up_proj_lora_b_weight"),
+}
+LORA_REQUEST = {"lora_name", "lora_int_id", "lora_path"}
+
+
+def test_the_arguments_of_tensorrt_llm(start, exports, capsys):
+    words = PROGRAMS["tensorrt_llm"].words(start)
+    assert shown(words, start.folder) == (
+        "trtllm-serve serve BASE --host 127.0.0.1 --port 9000 --max_batch_size 8 --max_seq_len 512 --config CACHED "
+        "--chat_template RUN/chat_template.jinja"
+    )
+    assert {word for word in words if word.startswith("--")} <= TRTLLM_OPTIONS
+    settings = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
+    lora = settings["lora_config"]
+    assert settings.keys() == {"lora_config", "cuda_graph_config"} and lora.keys() <= LORA_CONFIG
+    assert [(Path(folder) / "adapter_config.json").is_file() for folder in lora["lora_dir"]] == [True, True]
+    assert (lora["max_lora_rank"], lora["max_loras"], lora["max_cpu_loras"]) == (16, 2, 2)
+    printed = [line for line in capsys.readouterr().err.splitlines() if "lora_request" in line]
+    requests = [json.loads(line.partition('"lora_request": ')[2]) for line in printed]
+    assert [request.keys() for request in requests] == [LORA_REQUEST] * 2
+    assert [request["lora_path"] for request in requests] == lora["lora_dir"]
+    assert PROGRAMS["tensorrt_llm"].names(start) == ["tiny"]
+
+
+def test_without_adapters_tensorrt_llm_gets_no_settings_of_them(start):
+    alone = replace(start, adapters={}, template=None)
+    assert shown(PROGRAMS["tensorrt_llm"].words(alone), start.folder) == (
+        "trtllm-serve serve BASE --host 127.0.0.1 --port 9000 --max_batch_size 8 --max_seq_len 512"
+    )
+
+
+def test_a_server_that_checks_no_key_is_refused_one(start, monkeypatch):
+    monkeypatch.setattr(external.shutil, "which", lambda program: program)
+    monkeypatch.setenv("FINETUNE_API_KEY", "secret")
+    options = start.options.model_copy(update={"engine": "tensorrt_llm"})
+    with pytest.raises(ConfigError, match="FINETUNE_API_KEY"):
+        external.serve_external(start.config, options, {})
+
+
 @contextmanager
 def serving(answer: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
@@ -127,6 +181,21 @@ def serving(answer: Callable[[str, dict[str, Any]], tuple[int, Any]]) -> Iterato
         server.server_close()
 
 
+class Texts:
+    """A tokenizer whose tokens 3 and 4 have one text."""
+
+    def __len__(self) -> int:
+        return len(TEXTS)
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return ["half" if id in (3, 4) else TEXTS[id] for [id] in rows]
+
+
+TEXTS = [f"t{id}" for id in range(1000)]
+LORA = {"lora_name": "first", "lora_int_id": 1, "lora_path": "folder"}
+ALL_TEXTS = {text: id for id, text in enumerate(TEXTS)}
+
+
 class Pretender:
     """Answers in the format of each server, with the probabilities of a model."""
 
@@ -136,11 +205,18 @@ class Pretender:
 
     def __call__(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         ids = tuple(body.get("input_ids") or body["prompt"])
-        self.asked.append(body.get("lora", body.get("lora_path", body.get("model"))))
+        self.asked.append(
+            next((body[key] for key in ("lora", "lora_path", "lora_request") if key in body), body.get("model"))
+        )
         if path == "/completion":
             [[last]] = measure(self.model, [Row((*ids, 0), len(ids))])
             top = [{"id": id, "logprob": log_prob} for id, log_prob in last.top.items()]
             return 200, {"completion_probabilities": [{"top_logprobs": top}]}
+        if "logprobs" in body:
+            [[last]] = measure(self.model, [Row((*ids, 0), len(ids))])
+            top = {TEXTS[id]: log_prob for id, log_prob in last.top.items()}
+            logprobs = {"text_offset": [0], "tokens": ["?"], "token_logprobs": [max(top.values())]}
+            return 200, {"choices": [{"text": "?", "logprobs": {**logprobs, "top_logprobs": [top]}}]}
         [scores] = measure(self.model, [Row(ids, 1)])
         if path == "/generate":
             own = [[None, ids[0], None], *([one.own, id, None] for one, id in zip(scores, ids[1:], strict=True))]
@@ -161,6 +237,8 @@ class Pretender:
         (ask_sglang(None), None, 8),
         (ask_llamacpp(1), [{"id": 1, "scale": 1.0}], 8),
         (ask_llamacpp(None), [], 8),
+        (ask_tensorrt_llm("base", LORA, ALL_TEXTS), LORA, 8),
+        (ask_tensorrt_llm("base", None, ALL_TEXTS), "base", 8),
     ],
 )
 def test_every_server_is_asked_in_its_own_words(ask: Ask, chosen: Any, tokens: int):
@@ -174,6 +252,21 @@ def test_every_server_is_asked_in_its_own_words(ask: Ask, chosen: Any, tokens: i
         far = compare(probe, server_scorer(ask, url, "key"))
     assert far.kl > 0.02 and far.top1 < 0.5
     assert all(each == chosen for each in pretender.asked)
+
+
+def test_places_whose_tokens_have_no_text_of_their_own_are_not_compared():
+    texts = unique_texts(Texts())  # type: ignore[arg-type]
+    assert texts["t2"] == 2 and "half" not in texts and len(texts) == len(TEXTS) - 2
+    model = random_qwen2().eval()
+    probe = Probe(ROWS, measure(model, ROWS), "test rows")  # type: ignore[arg-type]
+    listed = [id for row in probe.scores for scored in row for id in scored.top]
+    rare = min(set(listed), key=listed.count)
+    with serving(Pretender(model)) as url:
+        known = {text: id for text, id in ALL_TEXTS.items() if id != rare}
+        found = compare(probe, server_scorer(ask_tensorrt_llm("base", None, known), url, None))
+        assert found.kl == pytest.approx(0, abs=1e-5) and found.tokens == 8 - listed.count(rare)
+        with pytest.raises(FinetuneError):
+            server_scorer(ask_tensorrt_llm("base", None, {}), url, None)(ROWS)
 
 
 @pytest.mark.parametrize("answer", [(500, "broken"), (200, {}), (200, []), (200, {"choices": [{}]})])

@@ -6,7 +6,7 @@ import torch
 
 from finetune.config.command_options import ExportOptions
 from finetune.export.exporter import EXPORTERS
-from finetune.export.gguf.types import TYPES, decode, encode, gguf_package, storage_type
+from finetune.export.gguf.types import ROUNDED_BY_LLAMA, TYPES, decode, encode, gguf_package, storage_type
 from finetune.system.errors import ConfigError, IntegrityError
 
 pytest.importorskip("gguf", reason="needs the export extra")
@@ -56,6 +56,40 @@ def test_types_with_blocks_stay_within_their_error(name: str):
     assert (off <= largest * (TYPES[name].worst + 2.0**-10) + 1e-5).all()
     assert (off[largest == 0] == 0).all()
     assert (off / largest)[largest > 0].max() > TYPES[name].worst / 3  # The bound is tight within a factor of 3.
+
+
+def q4_0_of(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Scales [B] and numbers [B, 32] of q4_0 by its definition: the value of largest magnitude becomes -8."""
+    blocks = rows.numpy().reshape(-1, 32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
+    scales = (largest / np.float32(-8)).astype(np.float32)
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+    numbers = np.minimum(np.floor(blocks.astype(np.float64) * inverse + 8.5), 15) - 8
+    return scales[:, 0].astype(np.float16), numbers.astype(np.int8)
+
+
+def test_q4_0_has_the_bits_of_its_definition():
+    """A block is one fp16 scale and 16 bytes: values 0 to 15 in the low halves, 16 to 31 in the high ones."""
+    data = encode(numbers(), TYPES["q4_0"], "w").reshape(-1, 18)
+    scales, wanted = q4_0_of(numbers())
+    assert np.array_equal(data[:, :2].copy().view(np.float16)[:, 0], scales)
+    found = np.concatenate([data[:, 2:] & 15, data[:, 2:] >> 4], axis=1).astype(np.int8) - 8
+    assert np.array_equal(found, wanted) and found.min() == -8 and found.max() == 7
+    read = there_and_back(numbers(), "q4_0").view(-1, 32)
+    assert torch.equal(read, torch.from_numpy(scales.astype(np.float32)[:, None] * wanted))
+
+
+def test_the_error_of_a_row_in_q4_0_has_its_bound():
+    """The worst block: one value of 8 steps, and 31 in the middle between two steps."""
+    worst = torch.tensor([[8.0] + [0.5 - 1e-3] * 31] * 4) * 0.01
+    rows = {"worst": worst, "normal": numbers(), "one sign": numbers().abs(), "bf16": numbers(torch.bfloat16).float()}
+    shares = {}
+    for name, given in rows.items():
+        given = given[given.norm(dim=-1) > 0]
+        shares[name] = float(((there_and_back(given, "q4_0") - given).norm(dim=-1) / given.norm(dim=-1)).max())
+    limit = ROUNDED_BY_LLAMA["q4_0"].row_error
+    assert limit is not None and all(share <= limit for share in shares.values())
+    assert limit == pytest.approx((31 / (31 + 256)) ** 0.5, abs=2e-3) and shares["worst"] > 0.99 * limit
 
 
 def test_every_type_of_the_gguf_package_for_16_bit_models_is_known():
