@@ -56,7 +56,7 @@ def run(arguments: Arguments) -> int:
     check_inputs(cfg)
 
     from finetune.data.loader import load_all_rows
-    from finetune.models.load import default_device
+    from finetune.system.accelerator import default_device
     from finetune.system.machine import use_all_cores
 
     tokenizer, chat, data = load_all_rows(cfg, log)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.commands.base import Command
+from finetune.system.accelerator import default_device, found_accelerator, kind_of, runtime
 from finetune.system.arguments import Arguments
 from finetune.system.cluster import SLOW_LINKS, gpu_links, interfaces, network_problems
 from finetune.system.console import colored
@@ -128,15 +129,18 @@ def check_device() -> Finding:
 
     from finetune.ops.matmul import uses_fp32_matmul
 
-    if torch.cuda.is_available():
-        platform_name = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        found = f"{platform_name}: " + ", ".join(f"{d.name} {format_bytes(d.total_memory)}" for d in devices)
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (device := found_accelerator()) is not None:
+        kind, gpus = kind_of(device.type), runtime(device)
+        if kind.refused:
+            return Finding("warn", f"{kind.name} is not used: {kind.refused}", "training uses the CPU")
+        devices = [gpus.get_device_properties(index) for index in range(gpus.device_count())]
+        sizes = ", ".join(f"{each.name} {format_bytes(each.total_memory)}" for each in devices)
+        found = f"{kind.name}, torch {torch.__version__}: {sizes}"
+        if not gpus.is_bf16_supported(including_emulation=False):
             return Finding("warn", f"{found}, no bfloat16", "set model.dtype=float16 and quant.compute_dtype=float16")
+        if kind.untested:
+            return Finding("warn", f"{found}, bfloat16", "no test of finetune ran on such a device: try the quickstart")
         return Finding("ok", f"{found}, bfloat16")
-    if torch.backends.mps.is_available():
-        return Finding("warn", "Apple GPU (MPS)", "not tested; the CPU is the safe choice")
     found = f"CPU only, {torch.get_num_threads()} threads"
     if uses_fp32_matmul(torch.device("cpu"), torch.bfloat16):
         found += ", no bfloat16 products (training uses float32)"
@@ -151,7 +155,7 @@ def check_four_bit() -> Finding:
     import bitsandbytes
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to(device)
     hidden_TD = torch.randn(4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     layer(hidden_TD).float().sum().backward()
@@ -235,11 +239,11 @@ def check_gpu_links() -> Finding:
     """Report how the GPUs of this machine exchange data."""
     import torch
 
-    if (count := torch.cuda.device_count()) < 2:
-        return Finding("note", f"{count} GPUs: nothing to link")
+    if (device := found_accelerator()) is None or (count := runtime(device).device_count()) < 2:
+        return Finding("note", "fewer than two GPUs: nothing to link")
     found = f"{count} GPUs"
     if torch.distributed.is_nccl_available():
-        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        found += f", NCCL {'.'.join(map(str, runtime(device).nccl.version()))}"
     if shutil.which("nvidia-smi") is None:
         return Finding("note", f"{found}, links unknown without nvidia-smi")
     shown = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command, default_config
+from finetune.system.accelerator import CUDA, default_device, device_name, on_gpu
 from finetune.system.arguments import Arguments
 from finetune.system.console import console_for, log
 from finetune.system.errors import ConfigError, InputError
@@ -89,23 +90,20 @@ def calibrate(clock: Callable[[], float] = time.perf_counter) -> str:
     Args:
         clock: returns seconds; pass a CPU clock where other programs run.
     """
-    import torch
-
     from finetune.planning.calibrate import measure_rates
     from finetune.planning.timing import write_rates
     from finetune.system.machine import use_all_cores
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     use_all_cores(device.type)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads={torch.get_num_threads()}"
-    return str(write_rates(device.type, measure_rates(device, name, log, clock)))
+    return str(write_rates(device.type, measure_rates(device, device_name(device), log, clock)))
 
 
 def _print_lengths(cfg: RunConfig, as_json: bool) -> int:
     from finetune.planning.advice import BUDGETS_GB, LONGEST, length_table
     from finetune.planning.inputs import plan_inputs
 
-    lengths = length_table(plan_inputs(cfg, None, device_type="cuda"))
+    lengths = length_table(plan_inputs(cfg, None, device_type=CUDA))
     if as_json:
         print(json.dumps({size: {str(gb): tokens for gb, tokens in row.items()} for size, row in lengths.items()}))
         return 0
@@ -130,7 +128,7 @@ def _print_cards(cfg: RunConfig, gpus: int, as_json: bool) -> int:
     from finetune.planning.cards import CARDS, SPEED_TOKENS, cards_table
     from finetune.planning.inputs import plan_inputs
 
-    table = cards_table(plan_inputs(cfg, None, device_type="cuda", ranks=gpus))
+    table = cards_table(plan_inputs(cfg, None, device_type=CUDA, ranks=gpus))
     if as_json:
         cells = {size: {str(gb): cell and asdict(cell) for gb, cell in row.items()} for size, row in table.items()}
         print(json.dumps(cells))
@@ -186,7 +184,7 @@ def _print_plan(cfg: RunConfig, options: PlanOptions, as_json: bool) -> int:
     rates = None if options.gpu or options.gpu_gb or options.tflops else read_rates(device_type)
     timing = estimate_time(inputs, found, rates=rates, options=options, gpu_name=gpu_name)
     changes = changes_that_fit(inputs, free) if free is not None and not fits else []
-    fewest = fewest_ranks(inputs, free) if changes and free is not None and device_type == "cuda" else None
+    fewest = fewest_ranks(inputs, free) if changes and free is not None and on_gpu(device_type) else None
     auto = None
     if options.auto and free is not None and (fastest := fastest_that_fits(inputs, free, rates)) is not None:
         overrides, memory, chosen = fastest

@@ -26,6 +26,7 @@ from torch import Tensor
 from finetune.losses.chunked import chunked_logits
 from finetune.losses.distillation import TeacherHidden, TeacherSamples, TeacherTopK
 from finetune.ops.determinism import cumulative_sums
+from finetune.system.accelerator import on_gpu
 
 Columns = dict[str, np.ndarray]
 # By kind of a cache of samples: the dtype (of safetensors) and the number of dimensions of each column.
@@ -52,7 +53,7 @@ def draw(teacher_targets: TeacherHidden, vocabulary: int, head: int, uniforms_NS
     drawn = [_draw_rows(teacher_targets.hidden_ND.new_empty(0, vocabulary), head, torch.from_numpy(uniforms_NS[:0]))]
     for logits_NV, rows in chunked_logits(teacher_targets.hidden_ND, teacher_targets.head, vocabulary):
         uniforms = torch.from_numpy(uniforms_NS[rows]).to(logits_NV.device)
-        rows_at_once = _GPU_ROWS if logits_NV.is_cuda else _ROWS
+        rows_at_once = _GPU_ROWS if on_gpu(logits_NV) else _ROWS
         drawn += map(_draw_rows, logits_NV.split(rows_at_once), repeat(head), uniforms.split(rows_at_once))
     ids_NK, log_probs_NH, tail_N, entropy_N = (torch.cat(parts).cpu().numpy() for parts in zip(*drawn, strict=True))
     return {

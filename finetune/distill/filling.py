@@ -22,9 +22,9 @@ from finetune.distill.server import LogprobServer
 from finetune.distill.teacher import cache_fingerprint, cache_path, streamed_teacher, teacher_model
 from finetune.models.hub import WEIGHT_FILES, fetch, weight_files
 from finetune.models.quant.bit_widths import DTYPE_BYTES
+from finetune.system.accelerator import free_bytes_of
 from finetune.system.console import Log, Pace
 from finetune.system.format import format_duration
-from finetune.system.machine import available_memory
 
 # Tokens per pass of a streamed teacher: there a GPU computes as long as a fast disk reads. At 7B they are 1.1 GB of
 # hidden states.
@@ -83,7 +83,7 @@ def _fits(cfg: RunConfig, device: torch.device) -> bool:
     files = set(weight_files(folder, model.name).values())
     # The files hold 16-bit weights, as all of Qwen2.5 do.
     size = sum(file.stat().st_size for file in files) * DTYPE_BYTES[model.dtype] / 2
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = free_bytes_of(device)
     return size < _FREE_SHARE * free
 
 

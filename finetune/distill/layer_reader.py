@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.models.safetensors_index import Stored, check_reaches, map_tensor, read_exactly
+from finetune.system.accelerator import kind_of, runtime
 
 # Concurrent reads: a fast disk needs several, and more than it needs cost nothing.
 _THREADS = 4
@@ -137,9 +138,10 @@ class PinnedLayer:
             for memory in (self._memory, self._on_gpu)
         )
         self._pending: list[Future[None]] = []
-        self._stream = torch.cuda.Stream(device)
-        self._copied, self._computed = torch.cuda.Event(), torch.cuda.Event()
-        self._computed.record(torch.cuda.current_stream(device))
+        self._runtime = runtime(device)
+        self._stream = self._runtime.Stream(device)
+        self._copied, self._computed = self._runtime.Event(), self._runtime.Event()
+        self._computed.record(self._runtime.current_stream(device))
 
     def begin(self, tensors: Mapping[str, Stored], reads: Reads) -> None:
         # The previous layer's copy still reads the pinned memory.
@@ -151,16 +153,16 @@ class PinnedLayer:
     def take(self) -> dict[str, Tensor]:
         for piece in self._pending:
             piece.result()
-        with torch.cuda.stream(self._stream):
+        with self._runtime.stream(self._stream):
             self._stream.wait_event(self._computed)
             self._on_gpu.copy_(self._memory, non_blocking=True)
             self._copied.record(self._stream)
-        torch.cuda.current_stream(self._on_gpu.device).wait_event(self._copied)
+        self._runtime.current_stream(self._on_gpu.device).wait_event(self._copied)
         return self._gpu_tensors
 
     def release(self) -> None:
         self._pending = []
-        self._computed.record(torch.cuda.current_stream(self._on_gpu.device))
+        self._computed.record(self._runtime.current_stream(self._on_gpu.device))
 
 
 def layer_buffers(
@@ -171,6 +173,6 @@ def layer_buffers(
     Args:
         shapes: of one layer's tensors by name, the same for every layer.
     """
-    if device.type == "cuda":
+    if kind_of(device.type).pinned_copies:
         return [PinnedLayer(shapes, dtype, device) for _ in range(2)]
     return [MappedLayer(dtype) for _ in range(2)]

@@ -35,6 +35,7 @@ from finetune.models.decoder import decoder_of, family_in
 from finetune.models.fused import fuse_layers
 from finetune.models.safetensors_index import WeightFiles, map_tensor
 from finetune.ops import attention
+from finetune.system.accelerator import runtime
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, IntegrityError
 from finetune.system.format import format_bytes
@@ -143,8 +144,7 @@ class StreamedModel:
         malloc_trim()  # free the layers' temporaries before the head is used
         self.read_bytes = reads.bytes
         if self._log is not None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            runtime(self.device).synchronize(self.device)
             self._log(
                 f"teacher: read={format_bytes(reads.bytes)}, wait_for_reads={self._wait_seconds:.1f} s, "
                 f"total_time={time.perf_counter() - began:.1f} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tempfile
 import time
@@ -37,13 +36,15 @@ from finetune.models.adapters.trained import find_trained
 from finetune.models.families import text_settings
 from finetune.models.fused import fuse_layers
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, check_window, fetch, read_config
-from finetune.models.load import default_device, load_base
+from finetune.models.load import load_base
 from finetune.models.tokenizer import load_adapter_tokenizer, load_tokenizer
+from finetune.system.accelerator import default_device, device_name
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, ResourceError, is_disk_full, os_errors_as
 from finetune.system.locks import locked
 from finetune.system.machine import use_all_cores
 from finetune.system.manifest import sha256_of
+from finetune.system.out_of_memory import release_memory
 from finetune.towers.towers import build_towers
 
 VARIANTS: tuple[Variant, ...] = ("base", "quantized", "trained", "merged")
@@ -199,9 +200,7 @@ def _evaluate_variant(
         task_figures = [] if tasks is None else run_tasks(model, evaluator.tokenizer, tasks, evaluator.options)
         figures = ModelFigures(variant, name, stored_bytes(model), sets, task_figures)
     del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     log(f"{name}: measured in {time.monotonic() - started:.1f} s")
     return figures
 
@@ -260,11 +259,9 @@ def _scratch_folder(place: Path | None) -> Iterator[Path]:
 
 
 def _made_with() -> dict[str, str]:
-    device = default_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads={torch.get_num_threads()}"
     return {
         "finetune": __version__,
         "torch": torch.__version__,
-        "device": name,
+        "device": device_name(default_device()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -21,6 +21,7 @@ from finetune.ops.cross_entropy import cross_entropy_
 from finetune.ops.limits import LOGITS_VALUES
 from finetune.ops.matmul import has_fp32_result, matmul
 from finetune.parallel.sharding import is_plain_linear, whole
+from finetune.system.accelerator import on_gpu, table_key
 
 # (logits [n, V], slice of the N rows, dtype) -> (sum of nats, fp32 scalar; gradient of the logits). Logits are fp32 or
 # 16 bit. The loss computes in fp32 without autograd. It may overwrite the logits and return them as the gradient. The
@@ -85,7 +86,7 @@ def logits_of(hidden_ND: Tensor, head: nn.Module, vocabulary: int, place_NV: Ten
         return head(hidden_ND)[:, :vocabulary]
     weight_VD, bias = plain.weight[:vocabulary], None if plain.bias is None else plain.bias[:vocabulary]
     widens = has_fp32_result(hidden_ND)
-    if widens or (hidden_ND.is_cuda and hidden_ND.dtype == torch.float32):
+    if widens or (on_gpu(hidden_ND) and hidden_ND.dtype == torch.float32):
         rows = len(hidden_ND)
         whole_NV = None if place_NV is None else place_NV if place_NV._base is None else place_NV._base
         if whole_NV is None or len(whole_NV) < rows:
@@ -177,7 +178,7 @@ def _as_plain(head: nn.Module) -> nn.Linear | None:
 def _chunks(rows: int, vocabulary: int, device: torch.device, head: nn.Module) -> Iterator[slice]:
     """Yield chunks of nearly equal length: a short last one would read the whole head for few rows."""
     # Gradient checkpointing sets the attribute.
-    limit = getattr(head, "logits_values", None) or LOGITS_VALUES["cuda" if device.type == "cuda" else "cpu"]
+    limit = getattr(head, "logits_values", None) or LOGITS_VALUES[table_key(device)]
     count = math.ceil(rows / max(1, limit // vocabulary))
     for i in range(count):
         yield slice(rows * i // count, rows * (i + 1) // count)

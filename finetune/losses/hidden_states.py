@@ -16,6 +16,7 @@ from finetune.models.decoder import decoder_of, family_in, text_config
 from finetune.models.embedding import HostEmbedding
 from finetune.models.fused import apply_norm
 from finetune.ops.attention import SEGMENTED, Segments, first_places, plan_segments, round_up, take_rows
+from finetune.system.accelerator import on_gpu
 from finetune.towers.towers import towers_of
 
 
@@ -164,16 +165,14 @@ def final_states(norm: nn.Module, states_1RD: Tensor, rows: PackedRows) -> Tenso
     """Return the final normed states [N, D] of the targets: only their rows are normed."""
     hidden_ND = take_rows(states_1RD[0], rows.targets, repeat=rows.segments.shared)
     # The kernel saves one tensor where the module saves five in fp32. On a CPU it would change the bits of old runs.
-    return apply_norm(norm, hidden_ND) if hidden_ND.is_cuda else norm(hidden_ND)
+    return apply_norm(norm, hidden_ND) if on_gpu(hidden_ND) else norm(hidden_ND)
 
 
 def copy_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy tensors [n] of one dtype to a device in one piece, without waiting for it."""
-    if device.type == "cpu":
+    if not on_gpu(device):
         return list(tensors)
-    whole = torch.cat(list(tensors))
-    if device.type == "cuda":
-        whole = whole.pin_memory()
+    whole = torch.cat(list(tensors)).pin_memory()
     return list(whole.to(device, non_blocking=True).split([len(tensor) for tensor in tensors]))
 
 

@@ -33,7 +33,7 @@ from finetune.mixed_precision.journal import (
     write_summary,
 )
 from finetune.mixed_precision.layerwise import LayerwiseModel
-from finetune.models.load import default_device
+from finetune.system.accelerator import default_device
 from finetune.system.console import Log, Pace
 from finetune.system.format import format_duration
 from finetune.system.machine import use_all_cores

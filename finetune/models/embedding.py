@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.system.accelerator import on_gpu
+
 # Pinned memory comes in powers of two, so copies of this size waste little of it.
 _COPY_BYTES = 2**26
 
@@ -24,11 +26,11 @@ class HostEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows [..., D] of ids [...], on the device. Pass ids on the CPU: those of a GPU are waited for."""
-        width, on_gpu = self.weight.shape[1], self.device.type == "cuda"
+        width, pinned = self.weight.shape[1], on_gpu(self.device)
         rows_TD = self.weight.new_empty(ids.numel(), width, device=self.device)
         block = max(1, _COPY_BYTES // (width * self.weight.itemsize))
         for ids_B, rows_BD in zip(ids.cpu().flatten().split(block), rows_TD.split(block), strict=True):
-            staged_BD = torch.empty(rows_BD.shape, dtype=self.weight.dtype, device="cpu", pin_memory=on_gpu)
+            staged_BD = torch.empty(rows_BD.shape, dtype=self.weight.dtype, device="cpu", pin_memory=pinned)
             torch.index_select(self.weight, 0, ids_B, out=staged_BD)
             rows_BD.copy_(staged_BD, non_blocking=True)
         return rows_TD.view(*ids.shape, width)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from finetune.models.fused import decoder_layers
 from finetune.models.offload import HostOffload
 from finetune.ops.limits import LOGITS_VALUES, MLP_TILE_ROWS
+from finetune.system.accelerator import on_gpu
 from finetune.system.errors import ConfigError
 
 # `train.gradient_checkpointing` with auto already resolved: none, all, offload or a number of layers.
@@ -79,4 +80,4 @@ def _offloaded(offload: HostOffload, function, *inputs: Tensor):
 
 
 def _on_gpu(model: nn.Module) -> bool:
-    return any(parameter.is_cuda for parameter in model.parameters())
+    return any(on_gpu(parameter) for parameter in model.parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from finetune.models.quant.quantize import (
 from finetune.models.skeleton import attention_of, build_skeleton, load_plain, model_class
 from finetune.models.tokenizer import quiet
 from finetune.ops import attention
+from finetune.system.accelerator import default_device, on_gpu
 from finetune.system.errors import ConfigError, IntegrityError, MissingExtra, ResourceError
 from finetune.system.resources import cache_home
 
@@ -69,7 +69,7 @@ def load_base(
     attention.register()
     kernel = attention.SEGMENTED if model.attention == "auto" else model.attention
     place = default_device() if device is None else torch.device(device)
-    on_host = model.embedding == "host" and place.type == "cuda"
+    on_host = model.embedding == "host" and on_gpu(place)
     if on_host and text_settings(config).get("tie_word_embeddings"):
         raise ConfigError(
             f"model.embedding=host: {model.name} uses its embedding as output head, which a GPU must hold\n"
@@ -198,13 +198,6 @@ def _misshapen(base: PreTrainedModel, skeleton: PreTrainedModel) -> list[str]:
     expected = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
     states = {name: getattr(parameter, "quant_state", None) or parameter for name, parameter in base.named_parameters()}
     return [name for name, state in states.items() if state.shape != expected.get(name, state.shape)]
-
-
-def default_device() -> torch.device:
-    """Return this rank's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 @contextmanager

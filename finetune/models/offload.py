@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from finetune.system.accelerator import kind_of, runtime
 from finetune.system.errors import OutOfMemory
 from finetune.system.format import format_bytes
 from finetune.system.machine import available_memory
@@ -39,8 +40,8 @@ class _Waiting:
 class HostOffload:
     """Keep in main memory what autograd saves inside `with offload.hooks():`, until backward needs it.
 
-    On CUDA, copies run on a stream of their own, to and from pinned memory. Tensors of other devices are copied
-    synchronously.
+    On CUDA and ROCm, copies run on a stream of their own, to and from pinned memory. Tensors of other devices are
+    copied synchronously.
 
     Device memory: at most two tensors, each held until its copy ends. The last stored tensor stays on the device until
     the next store or fetch, so backward begins without a copy.
@@ -58,14 +59,14 @@ class HostOffload:
         return saved_tensors_hooks(self._store, self._fetch)
 
     def _store(self, tensor: Tensor) -> _Waiting:
-        if tensor.device.type != "cuda":
+        if not kind_of(tensor.device.type).pinned_copies:
             return _Waiting(tensor.to("cpu", copy=True), tensor.device)
         if tensor.device not in self._queues:
             self._queues[tensor.device] = CopyQueue(tensor.device, self._tensors)
         return self._queues[tensor.device].store(tensor)
 
     def _fetch(self, waiting: _Waiting) -> Tensor:
-        if waiting.device.type != "cuda":
+        if not kind_of(waiting.device.type).pinned_copies:
             return waiting.host.to(waiting.device)
         return self._queues[waiting.device].fetch(waiting)
 
@@ -78,8 +79,8 @@ class CopyQueue:
     """
 
     def __init__(self, device: torch.device, tensors: int) -> None:
-        self._device = device
-        self._side = torch.cuda.Stream(device)
+        self._device, self._runtime = device, runtime(device)
+        self._side = self._runtime.Stream(device)
         self._pinned = PinnedMemory(device, tensors)
         self._running: deque[tuple[Tensor, Any]] = deque()
         # Weak: only the graph holds a stored tensor, which is freed with it.
@@ -113,8 +114,8 @@ class CopyQueue:
         return waiting.on_device
 
     def _copy(self, target: Tensor, source: Tensor, held: Tensor) -> None:
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
+        self._side.wait_stream(self._runtime.current_stream(self._device))
+        with self._runtime.stream(self._side):
             target.copy_(source, non_blocking=True)
         self._running.append((held, self._side.record_event()))
 
@@ -122,7 +123,7 @@ class CopyQueue:
         """Let the compute stream wait until at most so many copies run."""
         while len(self._running) > running:
             _, done = self._running.popleft()
-            torch.cuda.current_stream(self._device).wait_event(done)
+            self._runtime.current_stream(self._device).wait_event(done)
 
 
 class PinnedMemory:
@@ -186,15 +187,15 @@ def pin_memory(device: torch.device, size_bytes: int) -> tuple[Tensor, Callable[
     if size_bytes > free:
         raise OutOfMemory(f"{where}: {wanted}, {format_bytes(free)} is free\n{advice}")
     memory = torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
-    runtime: Any = torch.cuda.cudart()
-    if code := int(runtime.cudaHostRegister(memory.data_ptr(), size_bytes, _PORTABLE)):
+    cudart: Any = runtime(device).cudart()
+    if code := int(cudart.cudaHostRegister(memory.data_ptr(), size_bytes, _PORTABLE)):
         raise OutOfMemory(f"{where}: {wanted}, and CUDA refused it with error {code}\n{advice}")
-    return memory, partial(_unpin, runtime, device, memory.data_ptr())
+    return memory, partial(_unpin, cudart, device, memory.data_ptr())
 
 
-def _unpin(runtime: Any, device: torch.device, address: int) -> None:
-    torch.cuda.synchronize(device)  # copies may still run
-    runtime.cudaHostUnregister(address)
+def _unpin(cudart: Any, device: torch.device, address: int) -> None:
+    runtime(device).synchronize(device)  # copies may still run
+    cudart.cudaHostUnregister(address)
 
 
 def _aligned(size_bytes: int) -> int:

@@ -43,6 +43,7 @@ from finetune.ops.limits import (
     ROWS_MULTIPLE,
 )
 from finetune.ops.matmul import uses_fp32_matmul
+from finetune.system.accelerator import has_flash_attention, kind_of, on_gpu
 
 SEGMENTED = "segmented"
 
@@ -124,7 +125,7 @@ def first_places(source: Tensor, rows: int) -> Tensor:
 @functools.cache
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """Return torch's attention over documents of any length; None if device, dtype or this torch do not have it."""
-    if torch.version.hip or not _has_flash_attention(device, dtype):
+    if not kind_of(device.type).packed_attention or not _has_flash_attention(device, dtype):
         return None
     from torch.nn.attention.varlen import varlen_attn
 
@@ -138,8 +139,7 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Any
 
 def _has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch has flash attention for a GPU and dtype: 16 bits, from NVIDIA's Ampere on."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype in (torch.bfloat16, torch.float16) and has_flash_attention(device)
 
 
 def _runs_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
@@ -147,8 +147,9 @@ def _runs_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
     torch's memory-efficient kernel takes fp16 and fp32 there. With bf16, torch would keep the scores [B, H, L, L].
     """
-    if device.type == "cuda":
-        return dtype == torch.bfloat16 and not _has_flash_attention(device, dtype)
+    if on_gpu(device):
+        in_fp32 = kind_of(device.type).attention_in_fp32 and dtype == torch.bfloat16
+        return in_fp32 and not _has_flash_attention(device, dtype)
     return uses_fp32_matmul(device, dtype)
 
 
@@ -251,7 +252,7 @@ def attend(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, segments: Segm
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     heads = query.shape[1] // key.shape[1]
-    if heads > 1 and query.is_cuda and not _has_flash_attention(query.device, query.dtype):
+    if heads > 1 and on_gpu(query) and not _has_flash_attention(query.device, query.dtype):
         # torch's memory-efficient kernel has no grouped heads; with the flag, torch would keep the scores [B, H, L, L].
         key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
         heads = 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune.ops.dispatch import fused
 from finetune.ops.limits import SOFTMAX_BLOCK_VALUES
+from finetune.system.accelerator import on_gpu, table_key
 
 
 def cross_entropy_(
@@ -24,7 +25,7 @@ def cross_entropy_(
     """
     weights_N = torch.ones(len(labels_N), device=logits_NV.device) if weights_N is None else weights_N
     apart = gradient_NV is not None and gradient_NV is not logits_NV
-    if apart and logits_NV.is_cuda:
+    if apart and on_gpu(logits_NV):
         return _cross_entropy_rows_(logits_NV, labels_N, weights_N, gradient_NV)
     at_label = torch.arange(len(labels_N), device=logits_NV.device), labels_N
     label_logits_N = logits_NV[at_label].float()
@@ -60,7 +61,7 @@ def softmax_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The maximum logit of each row [N], and log of the sum of exp(logit - maximum) [N], fp32.
     """
-    if logits_NV.is_cuda:  # a compiled kernel has no temporaries, and plain torch runs in blocks of its own
+    if on_gpu(logits_NV):  # a compiled kernel has no temporaries, and plain torch runs in blocks of its own
         return _softmax_rows_(logits_NV, weights_N)
     rows = rows_per_block(logits_NV)
     blocks = zip(logits_NV.split(rows), weights_N.split(rows), strict=True)
@@ -70,8 +71,7 @@ def softmax_(logits_NV: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def rows_per_block(logits_NV: Tensor) -> int:
     """Return how many rows of logits one block holds, at least 1."""
-    on_gpu = logits_NV.is_cuda
-    values = SOFTMAX_BLOCK_VALUES["cuda"] if on_gpu else SOFTMAX_BLOCK_VALUES["cpu"] * torch.get_num_threads()
+    values = SOFTMAX_BLOCK_VALUES[table_key(logits_NV)] * (1 if on_gpu(logits_NV) else torch.get_num_threads())
     return max(1, values // logits_NV.shape[1])
 
 

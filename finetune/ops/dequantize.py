@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.ops.matmul import uses_fp32_matmul
+from finetune.system.accelerator import on_gpu
 
 # Values dequantized at once in fp32: 2 MB, which stay in cache. A multiple of every quantization block. 4 MB are 5 %
 # faster but leave holes in the heap: 0.2 GB of 1.6 for 0.5B and 512 tokens.
@@ -29,7 +30,7 @@ def dequantize(packed: Tensor, state: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     size = state.shape.numel()
-    if packed.device.type == "cuda":
+    if on_gpu(packed):
         key = (packed.device, state.dtype)
         if key not in _buffers or _buffers[key].numel() < size:
             _buffers[key] = torch.empty(size, dtype=state.dtype, device=packed.device)

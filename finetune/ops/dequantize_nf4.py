@@ -61,5 +61,5 @@ def dequantize_nf4(packed: Tensor, state: Any, out: Tensor) -> None:
     scales = (second.code, second.absmax, state.offset) if second else (None, None, None)
     constants = options(state.blocksize, second.blocksize if second else 1)
     grid = (triton.cdiv(size, constants["BLOCK"] * constants["BLOCKS"]),)
-    with torch.cuda.device_of(out):  # where Triton launches
+    with torch.accelerator.device_index(out.device.index):  # where Triton launches
         kernel[grid](packed, state.absmax, *scales, state.code, out, size, **constants, enable_fp_fusion=False)

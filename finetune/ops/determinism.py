@@ -21,6 +21,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from finetune.system.accelerator import on_gpu
+
 # on: whether this process runs deterministic kernels.
 STATE = SimpleNamespace(on=False)
 
@@ -41,7 +43,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 def fix_backward(output: Tensor) -> Tensor:
     """Let the operation that made this tensor run its backward pass deterministically, and return the tensor."""
     node = output.grad_fn
-    if STATE.on and output.is_cuda and node is not None:
+    if STATE.on and on_gpu(output) and node is not None:
         setting = _setting()
         node.register_prehook(lambda _: _set(True, False))
         node.register_hook(lambda *_: _set(*setting))
@@ -53,7 +55,7 @@ def cumulative_sums(values: Tensor) -> Tensor:
 
     On a GPU, torch adds a single row in parts, in no fixed order, and several rows one by one.
     """
-    if values.is_cuda and values.numel() == values.shape[-1]:
+    if on_gpu(values) and values.numel() == values.shape[-1]:
         return torch.stack([values, values]).cumsum(-1)[0]
     return values.cumsum(-1)
 

@@ -19,6 +19,7 @@ import torch
 
 from finetune.ops import determinism
 from finetune.ops.limits import COMPILE_FROM_FLOPS, PLAIN_BLOCK_VALUES
+from finetune.system.accelerator import on_gpu
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,13 +88,13 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
         if not STATE.compiled or function.__name__ in STATE.failed:
             return _run_plain(function, by_row, *args, **kwargs)
         first: Any = args[0]
-        fixed, on_gpu = determinism.STATE.on, first.is_cuda
+        fixed, on_device = determinism.STATE.on, on_gpu(first)
         if fixed not in compiled:
             # Without this option, the block of a sum is the fastest of several, as measured.
             options: dict[str, Any] | None = {"deterministic": True} if fixed else None
             # With known widths, a GPU's thread reads 16 bytes at once (benchmarks/NOTES.md).
-            compiled[fixed] = torch.compile(function, dynamic=not on_gpu, fullgraph=True, options=options)
-        if on_gpu:
+            compiled[fixed] = torch.compile(function, dynamic=not on_device, fullgraph=True, options=options)
+        if on_device:
             mark_rows(by_row, args)
         try:
             return compiled[fixed](*args, **kwargs)
@@ -125,7 +126,7 @@ def mark_rows(by_row: frozenset[int], args: Sequence[Any]) -> None:
 def _run_plain(function: Callable[..., Any], by_row: frozenset[int], *args: Any, **kwargs: Any) -> Any:
     """Run a kernel as plain torch: on a GPU in blocks of rows, elsewhere at once."""
     first = args[0]
-    if not by_row or not first.is_cuda or first.numel() <= PLAIN_BLOCK_VALUES:
+    if not by_row or not on_gpu(first) or first.numel() <= PLAIN_BLOCK_VALUES:
         return function(*args, **kwargs)
     return run_in_blocks(function, by_row, max(1, PLAIN_BLOCK_VALUES * len(first) // first.numel()), *args, **kwargs)
 

@@ -1,6 +1,6 @@
 """Sizes and thresholds that the kernels and the memory planner share. This module imports no torch.
 
-Dicts have a value per device type. "Values" are elements of a tensor, whatever their dtype.
+Dicts have a value per `accelerator.table_key`. "Values" are elements of a tensor, whatever their dtype.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 # the step, twice of it gains next to nothing. A GPU needs more rows, or reading the head sets the pace: 220 rows of
 # Qwen2.5-7B take 1.3 times as long for their product as for reading it, 110 rows 0.6 times (an H200, by bytes and
 # operations). Gradient checkpointing of a GPU, all and offload, trades that time for memory.
-LOGITS_VALUES = {"cpu": 2**25, "cuda": 2**26, "all": 2**25, "offload": 2**24}
+LOGITS_VALUES = {"cpu": 2**25, "gpu": 2**26, "all": 2**25, "offload": 2**24}
 # Logits per block of softmax and divergence, per thread on a CPU: 2 MB in fp32, about one core's cache. A [128, 151936]
 # chunk in bf16 takes 115 ms on one thread in one piece, mostly page faults, and 30 ms in blocks. Forward KL on
 # [220, 151665] takes 140 ms (79 ms compiled); half this size 147 (86), twice this size 190 (79).
 # A GPU has no such cache: there a block only bounds the temporary of a divergence.
-SOFTMAX_BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**24}
+SOFTMAX_BLOCK_VALUES = {"cpu": 2**19, "gpu": 2**24}
 # Values per block of an elementwise kernel that runs as plain torch on a GPU, where it holds up to 34 bytes per value.
 PLAIN_BLOCK_VALUES = 2**22
 # Rows of a forward pass and tokens of a document are padded to a multiple. CPU kernels are compiled for each shape.

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.system.accelerator import kind_of
+
 # Values of the right operand converted at once: 4 MB. 1 MB and 16 MB are slower (measured on Zen 3).
 _BLOCK = 2**20
 # Rows or columns of a block are a multiple of this: results that end inside a cache line take 20 % longer.
@@ -96,7 +98,7 @@ def matmul(
 
 def has_fp32_result(operand: Tensor) -> bool:
     """Return whether the device has a product of such 16-bit operands with a result in fp32."""
-    return operand.is_cuda and torch.version.hip is None and operand.dtype in (torch.bfloat16, torch.float16)
+    return operand.dtype in (torch.bfloat16, torch.float16) and kind_of(operand.device.type).fp32_results
 
 
 def matmul_fp32(left_MK: Tensor, right_KN: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from finetune.ops.limits import GRADIENT_BUCKET_BYTES
 from finetune.parallel.heartbeat import Heartbeat
 from finetune.parallel.join import meet, route_over
 from finetune.parallel.other_engines import refuse_other_engines
+from finetune.system.accelerator import default_device, on_gpu
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
@@ -35,8 +36,7 @@ def join_ranks() -> Iterator[Heartbeat]:
     with Heartbeat(meeting) as heartbeat, heartbeat.explained():
         if meeting is not None and not dist.is_initialized():
             route_over(meeting)
-            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-            backend = dist.get_default_backend_for_device(device)
+            backend = dist.get_default_backend_for_device(default_device())
             # Without a store of its own, an attempt after a restart can read addresses of the one before.
             store, ranks = dist.PrefixStore("group", meeting.connect()), len(meeting.hosts)
             options = {"store": store, "rank": meeting.rank, "world_size": ranks, "timeout": _COLLECTIVE_TIMEOUT}
@@ -54,7 +54,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     """
     refuse_other_engines(os.environ)
     # cpu=True makes accelerate start ranks over gloo; otherwise torchrun on CPU gives each process a single rank.
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = not on_gpu(default_device())
     try:
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no")
     except ValueError:

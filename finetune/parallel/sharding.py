@@ -29,6 +29,7 @@ from finetune.models.decoder import family_in
 from finetune.models.fused import decoder_layers
 from finetune.models.quant.quantize import quantized_layers
 from finetune.parallel.in_step import gathers
+from finetune.system.accelerator import on_gpu
 from finetune.system.machine import malloc_trim
 
 # Modules that an outer `whole` of this process holds.
@@ -74,7 +75,7 @@ def shard_base(base: PreTrainedModel, mesh: DeviceMesh, device: torch.device, of
         device: where the run computes.
         offload: keep the parts in main memory, from which each gather copies them to the device.
     """
-    policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=on_gpu(device)) if offload else OffloadPolicy()
     place = torch.device("cpu") if offload else device
     options: dict[str, Any] = {"mesh": mesh, "offload_policy": policy}
     _tie_to_head(base)
@@ -93,8 +94,8 @@ def shard_base(base: PreTrainedModel, mesh: DeviceMesh, device: torch.device, of
     for before, layer in pairwise([layers[0], *layers]):
         # By default torch gathers what ran before a layer in any pass, so also in evaluations, where ranks differ. A
         # layer itself is gathered already.
-        layer.set_modules_to_backward_prefetch([before if device.type == "cuda" else layer])
-    if device.type == "cuda":  # a CPU gathers while it waits
+        layer.set_modules_to_backward_prefetch([before if on_gpu(device) else layer])
+    if on_gpu(device):  # a CPU gathers while it waits
         for layer, after in pairwise(layers):
             vars(layer)["prefetched"] = [after]  # `in_step` pauses it
             layer.set_modules_to_forward_prefetch([after])

@@ -133,7 +133,7 @@ def gathered_bytes(inputs: PlanInputs) -> tuple[float, float]:
     if inputs.shard_ranks == 1:
         return 0.0, 0.0
     sizes = gathered_layer_bytes(inputs.shape, inputs.model, inputs.quant, inputs.shard_ranks)
-    return (3.0 if inputs.device_type == "cuda" else 2.0) * max(sizes), float(inputs.table_values * inputs.value_bytes)
+    return (3.0 if inputs.on_gpu else 2.0) * max(sizes), float(inputs.table_values * inputs.value_bytes)
 
 
 def _plan_decoder(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
@@ -147,7 +147,7 @@ def _plan_decoder(inputs: PlanInputs, micro_batch: int) -> ActivationPlan:
     kept = tuple(tokens * token_bytes[kind] for kind in kinds)
     hidden = tokens * inputs.shape["hidden_size"] * width
     on_cpu = inputs.device_type == "cpu"
-    if inputs.device_type == "cuda":
+    if inputs.on_gpu:
         return _plan_on_gpu(inputs, micro_batch, kept)
     block = _mlp_rows(inputs, tokens) * inner * width
     in_heap = on_cpu and block < _MAPPED_FROM_BYTES
@@ -224,11 +224,11 @@ def loss_bytes(inputs: PlanInputs, tokens: int, teacher: bool, *, training: bool
     kind, width, vocabulary = inputs.device_kind, inputs.value_bytes, inputs.shape["vocab_size"]
     # losses/chunked.py makes chunks of nearly equal length, here of a sequence whose every token is a target.
     setting = inputs.train.gradient_checkpointing
-    limit = limits.LOGITS_VALUES[str(setting) if kind == "cuda" and setting in ("all", "offload") else kind]
+    limit = limits.LOGITS_VALUES[str(setting) if inputs.on_gpu and setting in ("all", "offload") else kind]
     chunks = math.ceil(tokens / max(1, limit // vocabulary))
     values = math.ceil(tokens / chunks) * vocabulary
     sampled = not teacher or inputs.teacher_is_sampled
-    if kind == "cuda":
+    if inputs.on_gpu:
         # One row more than a chunk (losses/chunked.py), in fp32. A compiled softmax has no temporaries. Cross-entropy
         # writes its gradient in the model's dtype; that of a teacher is copied after the softmax.
         buffer, copied = 4 * (values + vocabulary), values * width if training and width < 4 else 0
@@ -300,7 +300,7 @@ def _mlp_bytes(
     """
     kernels = elementwise_kernels(inputs, shape)
     total = values * table[kernels]
-    if kernels == "plain torch" and inputs.device_type == "cuda":
+    if kernels == "plain torch" and inputs.on_gpu:
         block = min(values, limits.PLAIN_BLOCK_VALUES)
         total = values * table["compiled"] + block * (table[kernels] - table["compiled"])
     return total * inputs.value_bytes / 2
@@ -344,7 +344,7 @@ def kept_bytes(inputs: PlanInputs, adapted: frozenset[str], int8: frozenset[str]
             # keeps its factors in fp32.
             terms["mlp"] += 3 * inner * width if group is _MLP else 0
             terms["adapters"] += sum(4 * (size + lora.rank) for size in sizes)
-            terms["dropout"] += sum(sizes) * (1 if inputs.device_type == "cuda" else 4) if lora.dropout else 0
+            terms["dropout"] += sum(sizes) * (1 if inputs.on_gpu else 4) if lora.dropout else 0
         else:
             # gate and up, from which down_proj's input is recomputed; one copy of a shared input; a mask.
             terms["mlp"] += 2 * inner * width if group is _MLP else 0

@@ -93,7 +93,7 @@ def _series(name: str) -> set[str]:
 def _candidates(inputs: PlanInputs, free_bytes: float) -> list[str]:
     """Return the overrides that may help, from those that do not alter the result to those that do."""
     quant, train, lora, length = inputs.quant, inputs.train, inputs.lora, inputs.data.max_length
-    recompute, on_gpu = train.gradient_checkpointing, inputs.device_type == "cuda"
+    recompute, on_gpu = train.gradient_checkpointing, inputs.on_gpu
     resident = inputs.has_teacher and inputs.distill.teacher.placement == "resident"
     longest = longest_that_fits(inputs, free_bytes)
     shorter = longest if 0 < longest < length else length // 2

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from finetune.planning.activations import ActivationPlan, plan_activations
 from finetune.planning.inputs import PlanInputs
 from finetune.planning.peak_memory import PeakMemory, predict_peak
+from finetune.system.accelerator import device_memory, on_gpu
 from finetune.system.format import format_bytes
-from finetune.system.machine import available_memory, device_memory, ranks_here, resident_memory
+from finetune.system.machine import available_memory, ranks_here, resident_memory
 
 # Tokens per forward pass from which more are no faster. On a CPU, products are at full speed by then, and every further
 # token only raises the peak.
@@ -136,7 +137,7 @@ def free_memory(device_type: str) -> float | None:
 
     None if they cannot be read without starting the device.
     """
-    if device_type == "cuda":
+    if on_gpu(device_type):
         found = device_memory()
         return None if found is None else float(found.free_bytes)
     free = available_memory()

@@ -22,6 +22,7 @@ from finetune.ops.linear import Projection, project, swiglu_mlp
 from finetune.ops.lora import Adapter
 from finetune.ops.matmul import matmul
 from finetune.planning.timing import Rates
+from finetune.system.accelerator import runtime
 from finetune.system.console import Log
 
 # (inputs, outputs) of the linears of 0.5B, 1.5B and 7B, from the smallest to the largest.
@@ -65,8 +66,7 @@ class _Watch:
         def once() -> float:
             start = self.clock()
             work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            runtime(self.device).synchronize()
             return self.clock() - start
 
         warm = once()

@@ -47,7 +47,7 @@ def link_of(inputs: PlanInputs, link_gbps: float | None, inside: float | None) -
         link_gbps: 10^9 bits per second between nodes, or between the ranks of the only node; None: assumed.
         inside: bytes per second between the GPUs of a node by their data sheet; None: unknown.
     """
-    on_gpu, several, given = inputs.device_type == "cuda", inputs.nodes > 1, link_gbps and link_gbps * 1e9 / 8
+    on_gpu, several, given = inputs.on_gpu, inputs.nodes > 1, link_gbps and link_gbps * 1e9 / 8
     between = given if given and several else _ASSUMED_NETWORK
     speed = (inside or PCIE_BYTES) * _ASSUMED_SHARE if on_gpu else _ASSUMED_GLOO
     what = f"assumed: {speed / 1e9:.3g} GB/s between {'GPUs' if on_gpu else 'processes'} of a node"

@@ -22,8 +22,9 @@ from finetune.planning.peak_memory import PeakMemory, streamed_bytes, teacher_by
 from finetune.planning.sampling import sampled_batch
 from finetune.planning.sharded_base import shard_group
 from finetune.planning.static_memory import trained_in_tower
+from finetune.system.accelerator import device_type_here
 from finetune.system.format import format_bytes
-from finetune.system.machine import device_type_here, nodes_of_run, ranks_of_run
+from finetune.system.machine import nodes_of_run, ranks_of_run
 
 
 def describe_plan(inputs: PlanInputs, free_bytes: float | None = None) -> str:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from finetune.planning.auto_batch import free_memory
 from finetune.planning.inputs import GpuTraits
+from finetune.system.accelerator import CUDA, device_memory, device_type_here
 from finetune.system.errors import InputError
-from finetune.system.machine import device_memory, device_type_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,9 @@ def planned_device(gpu: str | None, gpu_gb: float | None) -> PlannedDevice:
         raise InputError(f"{wrong}\nhelp: drop gpu_gb, or drop gpu")
     if gpu is not None:
         known = find_gpu(gpu)
-        return PlannedDevice("cuda", known.memory_bytes, known.name, known.name)
+        return PlannedDevice(CUDA, known.memory_bytes, known.name, known.name)
     if gpu_gb is not None:
-        return PlannedDevice("cuda", gpu_gb * 1e9, f"a GPU of {gpu_gb:g} GB", None)
+        return PlannedDevice(CUDA, gpu_gb * 1e9, f"a GPU of {gpu_gb:g} GB", None)
     kind = device_type_here()
     if kind == "cpu":
         return PlannedDevice(kind, free_memory(kind), "this machine's memory", None)

@@ -15,6 +15,7 @@ from finetune.planning.media import MediaLoad, largest_media
 from finetune.planning.sequences import FullSequence, plain_sequence, sequence_of_groups, sequence_of_pairs
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 from finetune.planning.tower_shapes import TowerShape, tower_shapes
+from finetune.system.accelerator import on_gpu, table_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class PlanInputs:
 
     shape: sizes of the student; keys as in config.json; empty if they are unknown without a download.
     model to generation: sections of the config.
-    device_type: "cuda", "cpu" or another of torch's device types.
+    device_type: one of torch's device types: cpu, cuda, xpu.
     document_tokens: of an example; None takes each sequence as one. target_share: the trained part of them.
     media: of known rows, by tower; None: the largest files, with `media_share` of all tokens.
     nodes: machines of the run. shard_ranks: ranks that hold one copy of the base together (`sharded_base.shard_group`).
@@ -82,8 +83,13 @@ class PlanInputs:
 
     @property
     def device_kind(self) -> str:
-        """The key of tables with a value per device type: "cuda", or "cpu" for all others."""
-        return "cuda" if self.device_type == "cuda" else "cpu"
+        """The key of tables with one value for the CPU and one for GPUs."""
+        return table_key(self.device_type)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run computes on a GPU."""
+        return on_gpu(self.device_type)
 
     @property
     def family(self) -> ModelFamily:
@@ -103,12 +109,12 @@ class PlanInputs:
     @property
     def flash_attention(self) -> bool:
         """Whether attention is torch's flash attention: 16 bits, on a GPU that has it."""
-        return self.device_type == "cuda" and self.gpu.flash_attention and self.value_bytes == 2
+        return self.on_gpu and self.gpu.flash_attention and self.value_bytes == 2
 
     @property
     def attention_in_fp32(self) -> bool:
         """Whether a GPU without flash attention computes attention of bf16 values in fp32."""
-        return self.device_type == "cuda" and not self.flash_attention and self.model.dtype == "bfloat16"
+        return self.on_gpu and not self.flash_attention and self.model.dtype == "bfloat16"
 
     @property
     def rank_sequences(self) -> int:
@@ -186,7 +192,7 @@ class PlanInputs:
         """Whether the input embedding of a GPU run may stay in main memory."""
         tied = self.shape.get("tie_word_embeddings")
         whole = self.shard_ranks == 1
-        return self.device_type == "cuda" and whole and not tied and not self.trains_embedding
+        return self.on_gpu and whole and not tied and not self.trains_embedding
 
     @property
     def embedding_on_host(self) -> bool:
@@ -195,7 +201,7 @@ class PlanInputs:
     @property
     def base_on_host(self) -> bool:
         """Whether the rank's part of a sharded base of a GPU run stays in main memory."""
-        return self.parallel.offload and self.shard_ranks > 1 and self.device_type == "cuda"
+        return self.parallel.offload and self.shard_ranks > 1 and self.on_gpu
 
     @property
     def first_trained_layer(self) -> int:

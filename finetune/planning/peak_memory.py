@@ -1,6 +1,6 @@
 """The peak memory of a run on one rank, per part and per moment.
 
-On CUDA: what the allocator hands out (`torch.cuda.max_memory_allocated`). On a CPU: the resident memory of the process,
+On a GPU: what torch's allocator hands out (`max_memory_allocated`). On a CPU: the resident memory of the process,
 with its libraries and the pages of mapped weight files.
 """
 
@@ -20,6 +20,7 @@ from finetune.planning.inputs import PlanInputs
 from finetune.planning.sampling import AnswerBatch, answer_bytes, cache_bytes, evaluated_batch, sampled_batch
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, linear_shapes
 from finetune.system import machine
+from finetune.system.accelerator import on_gpu, table_key
 
 MIB = 2**20
 # Resident with every library imported and no model: 341 MiB of the process and 104 MiB of pages of shared libraries,
@@ -49,7 +50,7 @@ _QWEN_TOKENIZER_BYTES = 11_421_789
 CONTEXT_BYTES = 512 * MIB
 # Added to everything but weights before a run counts as fitting: the error of predictions, and on a GPU, which has not
 # been measured yet, blocks that the allocator cannot reuse.
-MARGIN = {"cuda": 0.18, "cpu": 0.10}
+MARGIN = {"gpu": 0.18, "cpu": 0.10}
 # losses/distillation.py: bytes of a sampled token, its id and its probability.
 _SAMPLED_BYTES = 8 + 4
 
@@ -106,12 +107,12 @@ class PeakMemory:
 
     def _needed(self, parts: Mapping[str, float]) -> float:
         fixed = sum(size for name, size in parts.items() if name in self.static.parts or name in _FIXED)
-        context = CONTEXT_BYTES if self.device_type == "cuda" else 0
+        context = CONTEXT_BYTES if on_gpu(self.device_type) else 0
         return fixed + self._with_margin * (sum(parts.values()) - fixed) + context
 
     @property
     def _with_margin(self) -> float:
-        return 1 + MARGIN["cuda" if self.device_type == "cuda" else "cpu"]
+        return 1 + MARGIN[table_key(self.device_type)]
 
     def usable_bytes(self, free_bytes: float) -> float:
         """Return the bytes that activations of a training step may take, so that the step needs `free_bytes`.
@@ -125,11 +126,11 @@ class PeakMemory:
 
 def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakMemory:
     """Predict the memory of a run with `micro_batch` sequences per forward pass and `recomputed` layers."""
-    static, cuda = inputs.static, inputs.device_type == "cuda"
+    static, on_device = inputs.static, inputs.on_gpu
     activations = plan_activations(inputs, micro_batch)
     teacher = teacher_bytes(inputs)
     # A GPU keeps buffers for a streamed teacher's layers. A CPU maps them from their files while they run.
-    held = _held(inputs, (teacher or 0.0) + (streamed_bytes(inputs) if cuda else 0.0))
+    held = _held(inputs, (teacher or 0.0) + (streamed_bytes(inputs) if on_device else 0.0))
     # The base with one matrix in 16 bit, before the optimizer exists.
     loading = {name: size for name, size in held.items() if name not in ("optimizer", "a dequantized matrix")}
     if inputs.quant.type == "nf4":
@@ -141,9 +142,9 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
         present = held if inputs.towers_stay else {**held, **inputs.tower_bytes, "optimizer": 0.0, "adapter": 0.0}
         moments["media in towers"] = {**present, "tower workspace": towers.work_bytes(inputs)}
     from_teacher = _teacher_parts(inputs, micro_batch)
-    offload = inputs.train.gradient_checkpointing == "offload" and cuda
+    offload = inputs.train.gradient_checkpointing == "offload" and on_device
     steps = activations.moments(recomputed, offload)
-    if cuda and (again := steps.get("training step, while a layer is recomputed")):
+    if on_device and (again := steps.get("training step, while a layer is recomputed")):
         # Backward ends with the lowest layer: its input is alive, and all gradients.
         ends = {"inputs of recomputed layers": activations.input, "gradients": static.parts.get("gradients", 0.0)}
         steps["training step, while the lowest layer is recomputed"] = {**again, **ends}
@@ -157,7 +158,7 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
     if inputs.trained_towers:
         works = {"activations of media": activations.media, "tower workspace": towers.backward_bytes(inputs)}
         moments["training step, as towers train"] = {**held, **works, "gradients": static.parts.get("gradients", 0.0)}
-    if cuda and inputs.trains_head:
+    if on_device and inputs.trains_head:
         # Its gradient in fp32, and that of one chunk, also before it is widened; and its rounded weight.
         size = inputs.table_values * (8 + 2 * inputs.value_bytes)
         moments["training step, at the loss"]["gradient of the head"] = size
@@ -174,7 +175,7 @@ def predict_peak(inputs: PlanInputs, micro_batch: int, recomputed: int) -> PeakM
         moments["evaluation"] = {**held, **gathered, **_evaluation(inputs, held["teacher"])}
     gradients = static.parts.get("gradients", 0.0)
     # A trained embedding's gradient comes in the dtype of the products, and is widened to fp32.
-    narrow = inputs.table_values * inputs.value_bytes if cuda and inputs.trains_embedding else 0
+    narrow = inputs.table_values * inputs.value_bytes if on_device and inputs.trains_embedding else 0
     moments["optimizer step"] = {**held, "gradients": gradients, "gradient of the embedding": narrow}
     moments = {name: {part: size for part, size in parts.items() if size} for name, parts in moments.items()}
     host = _host_bytes(inputs, activations, recomputed if offload else 0)
@@ -201,7 +202,7 @@ def _held(inputs: PlanInputs, teacher: float) -> dict[str, float]:
         held["reference adapter"] = 2 * gradients
     if inputs.ranks > 1:
         held["gradients exchanged between ranks"] = min(gradients, limits.GRADIENT_BUCKET_BYTES)
-    if inputs.device_type == "cuda":
+    if inputs.on_gpu:
         held["a dequantized matrix"] = gpu_layers.weight_buffer_bytes(inputs)
     else:
         held["process and libraries"] = _PROCESS_BYTES + (_SHARDING_BYTES if inputs.shard_ranks > 1 else 0)
@@ -275,7 +276,7 @@ def _forward_layer(inputs: PlanInputs, tokens: int) -> float:
     rows = tokens
     if inputs.device_type == "cpu" and inputs.train.kernels == "fused" and plain:
         rows = limits.MLP_FORWARD_ROWS
-    elif inputs.device_type == "cuda" and gpu_layers.tiles_last_layer(inputs):
+    elif inputs.on_gpu and gpu_layers.tiles_last_layer(inputs):
         rows = gpu_layers.tile_rows(inputs, tokens) or tokens
     return forward_bytes(inputs, inputs.shape, tokens, mlp_rows=rows)
 

@@ -22,6 +22,7 @@ from finetune.planning.advice import longest_that_fits
 from finetune.planning.auto_batch import estimate_memory
 from finetune.planning.inputs import plan_inputs
 from finetune.planning.timing import BYTES_PER_TOKEN, estimate_time, read_rates, tokens_in_files
+from finetune.system.accelerator import on_gpu
 from finetune.system.errors import DataError
 
 _ROWS_READ = 20_000
@@ -113,7 +114,7 @@ def propose(
 
     Args:
         facts: of the training data.
-        device_type: cpu or cuda.
+        device_type: one of torch's device types.
         free_bytes: free memory of the device.
         model: an option of the group model; None: the largest up to 7B that fits (on a CPU: 0.5B).
         gpu_name: for its assumed speed.
@@ -129,7 +130,7 @@ def propose(
     wanted = _rounded(facts.longest_tokens * 1.2)
     chosen = model or _largest_model(facts, device_type, free_bytes, wanted)
     fits = longest_that_fits(_inputs(chosen, device_type), free_bytes)
-    length = min(max(wanted, 2048 if device_type == "cuda" else 1024), _LONGEST, fits // 64 * 64)
+    length = min(max(wanted, 2048 if on_gpu(device_type) else 1024), _LONGEST, fits // 64 * 64)
     if length < _SHORTEST:
         raise DataError(f"{chosen}: does not fit into {free_bytes / 1e9:.1f} GB\nhelp: finetune plan table=true gpus=8")
     share = 0.05 if facts.rows >= 400 else 0.1 if facts.rows >= 100 else 0.2 if facts.rows >= 20 else 0.0

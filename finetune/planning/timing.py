@@ -36,13 +36,13 @@ _ASSUMED_GPU_PEAK = 100e12
 _ASSUMED_CORE = 1e11
 # Time of everything else per second of products: an assumption (benchmarks/NOTES.md: products are two thirds of a step
 # on two cores).
-_ASSUMED_REST = {"cpu": 0.5, "cuda": 0.2}
+_ASSUMED_REST = {"cpu": 0.5, "gpu": 0.2}
 # Assumed cost of a dequantized weight and of a layer's pass, in operations of products: the operations of 100 tokens
 # with that weight; 0.2 ms of launches at 45 TFLOP/s, 1 ms of Python at 100 GFLOP/s.
-_ASSUMED_DEQUANTIZED, _ASSUMED_PASS = 200.0, {"cuda": 1e10, "cpu": 1e8}
+_ASSUMED_DEQUANTIZED, _ASSUMED_PASS = 200.0, {"gpu": 1e10, "cpu": 1e8}
 # Rows of a product that take as long as reading its matrix in 16 bit: a pass of fewer rows is not faster. Assumed, by
 # data sheets of GPUs.
-_READING_ROWS = {"cpu": 8, "cuda": 200}
+_READING_ROWS = {"cpu": 8, "gpu": 200}
 _LAYOUT = 2
 # Bytes of a text file per token: English chat rows in JSON with Qwen2.5's vocabulary (GSM8K: 4.3).
 BYTES_PER_TOKEN = 4.3
@@ -239,7 +239,7 @@ def cost_of_token(inputs: PlanInputs, memory: PeakMemory, rates: Rates | None) -
 
 def assumed_ceiling(device_kind: str, gpu_name: str | None) -> tuple[float, str]:
     """Return assumed operations per second, and the assumption as text."""
-    if device_kind != "cuda":
+    if device_kind == "cpu":
         cores = usable_cores()
         return cores * _ASSUMED_CORE, f"assumed: {_ASSUMED_CORE / 1e9:.0f} GFLOP/s per core, cores={cores}"
     peak, source = _ASSUMED_GPU_PEAK, f"{_ASSUMED_GPU_PEAK / 1e12:g} TFLOP/s"

@@ -93,7 +93,7 @@ def kept_per_unit(inputs: PlanInputs, tower: TowerShape) -> float:
     of_width = len(tower.linears) - 1  # all but the second one of the MLP
     inputs_kept = 4 * width * (of_width if w < 4 else 2) + 4 * inner
     if lora.dropout:  # masks, and in an fp32 model copies that are not shared
-        mask = 1 if inputs.device_type == "cuda" else 4
+        mask = 1 if inputs.on_gpu else 4
         inputs_kept = (4 + mask) * (width * of_width + inner)
     norms = (8 if vision else 2 * w) * width
     # One product for queries, keys and values is kept whole beside the rotated ones.

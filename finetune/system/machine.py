@@ -6,9 +6,7 @@ import ctypes
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -100,35 +98,6 @@ def processor_name() -> str:
     """Return the name of the CPU, or of its architecture if the system has no name for it."""
     named = (line.partition(":")[2].strip() for line in _read(_PROCESSOR).splitlines() if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine()
-
-
-def device_type_here() -> str:
-    """Return `cuda` if the kernel has a GPU that this process may see, else `cpu`, without importing torch."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    found = any(True for pattern in ("nvidia[0-9]*", "dxg", "kfd") for _ in Path("/dev").glob(pattern))
-    return "cuda" if found and not hidden else "cpu"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """A GPU as its driver reports it."""
-
-    name: str
-    total_bytes: int
-    free_bytes: int
-
-
-def device_memory() -> DeviceMemory | None:
-    """Return the first visible GPU as nvidia-smi reports it, without a CUDA context; None without a GPU."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]:
-        command.append(f"--id={chosen}")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        name, total, free = (word.strip() for word in done.stdout.splitlines()[0].rsplit(",", 2))
-        return DeviceMemory(name, int(total) * 2**20, int(free) * 2**20)
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return None
 
 
 def cpu_quota() -> float | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.system.accelerator import default_device, device_name, on_gpu
 from finetune.system.console import in_notebook
 from finetune.system.machine import processor_name, usable_cores
 
@@ -42,5 +43,5 @@ def hardware(device_type: str) -> dict[str, Any]:
     """Return the names of CPU and GPU, the usable cores, and the threads of torch in this process."""
     import torch
 
-    gpu = {"gpu": torch.cuda.get_device_name()} if device_type == "cuda" else {}
+    gpu = {"gpu": device_name(default_device())} if on_gpu(device_type) else {}
     return {"cpu": processor_name(), **gpu, "cores": usable_cores(), "threads": torch.get_num_threads()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from finetune.system.accelerator import release_caches
 from finetune.system.console import log
 from finetune.system.errors import OutOfMemory, ResourceError
 from finetune.system.machine import malloc_trim
@@ -58,9 +58,7 @@ def result_or_none(work: Callable[[], R], report: Callable[[str], None]) -> R | 
 def release_memory() -> None:
     """Free objects in cycles, and return the free memory of torch's allocator and of the heap to device and system."""
     gc.collect()
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    release_caches()
     malloc_trim()
 
 

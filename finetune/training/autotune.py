@@ -27,6 +27,14 @@ from finetune.planning.media import measured_media
 from finetune.planning.peak_memory import MARGIN, predict_peak
 from finetune.planning.sharded_base import shard_group
 from finetune.planning.timing import estimate_time, read_rates
+from finetune.system.accelerator import (
+    default_device,
+    device_name,
+    free_bytes_of,
+    has_flash_attention,
+    on_gpu,
+    runtime,
+)
 from finetune.system.console import Log
 from finetune.system.format import format_bytes
 from finetune.system.machine import available_memory, malloc_trim, nodes_of_run, ranks_here
@@ -42,14 +50,15 @@ def inputs_of_run(cfg: RunConfig, accelerator: Accelerator, stored: dict[str, An
     stored: the choices of an earlier part of the run, which are repeated; empty for a new run.
     """
     device, ranks, gpu = accelerator.device, accelerator.num_processes, GpuTraits()
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        gpu = GpuTraits(properties.major >= 8, properties.multi_processor_count)
+    if has_flash_attention(device):
+        gpu = GpuTraits(True, runtime(device).get_device_properties(device).multi_processor_count)
+    elif on_gpu(device):
+        gpu = GpuTraits(False)
     nodes = nodes_of_run(os.environ)
     inputs = plan_inputs(cfg, shape_of(cfg.model.name), device_type=device.type, ranks=ranks, gpu=gpu, nodes=nodes)
     inputs = replace(inputs, shard_ranks=shard_group(inputs, _least_free(accelerator)))
     inputs = inputs.with_settings(train=repeat_choices(cfg.train, stored, ranks, log))
-    if device.type == "cuda" and elementwise_kernels(inputs) == "compiled" and compile_problem(device):
+    if on_gpu(device) and elementwise_kernels(inputs) == "compiled" and compile_problem(device):
         inputs = inputs.with_settings(train={"compile": False})
     inputs = place_embedding(inputs, free_memory(device.type))
     if stored.get("ranks") != ranks:
@@ -102,9 +111,9 @@ def apply_batch_plan(inputs: PlanInputs, model: nn.Module, accelerator: Accelera
         install_malloc_trim(model)
     accelerator.wait_for_everyone()
     device = accelerator.device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if on_gpu(device):
+        memory = runtime(device)
+        free = free_bytes_of(device) + memory.memory_reserved(device) - memory.memory_allocated(device)
     else:
         free = available_memory() // ranks_here(os.environ)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -147,7 +156,7 @@ def predict_speed(inputs: PlanInputs, model: nn.Module, plan: BatchPlan, data: L
         inputs = inputs.with_rows(round(tokens / len(documents)), max(1, targets) / tokens)
         if inputs.towers_stay:
             inputs = _with_media(inputs, data)
-    gpu_name = torch.cuda.get_device_name() if inputs.device_type == "cuda" else None
+    gpu_name = device_name(default_device()) if inputs.on_gpu else None
     rates = read_rates(inputs.device_type)
     timing = estimate_time(inputs, plan.memory, rates=rates, options=PlanOptions(), gpu_name=gpu_name)
     return timing["tokens_per_second"], timing["rates"].partition(";")[0]

@@ -28,6 +28,7 @@ from torch.nn import Parameter
 
 from finetune.models.adapters.folder import list_checkpoints
 from finetune.models.safetensors_index import save_tensors
+from finetune.system.accelerator import on_gpu
 from finetune.system.atomic import commit_folder
 from finetune.system.console import Log
 from finetune.system.errors import FinetuneError, IntegrityError, os_errors_as
@@ -183,7 +184,7 @@ def _restored(key: str, tensor: Tensor, parameter: Parameter, optimizer: torch.o
         return tensor.to(parameter.device) if on_device else tensor
     if key == "step":
         return int(tensor)
-    if getattr(optimizer, "is_paged", False) and key in ("state1", "state2") and parameter.is_cuda:
+    if getattr(optimizer, "is_paged", False) and key in ("state1", "state2") and on_gpu(parameter):
         return optimizer.get_state_buffer(parameter, dtype=tensor.dtype).copy_(tensor)  # type: ignore[attr-defined]
     return tensor.to(parameter.device)
 

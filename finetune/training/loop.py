@@ -22,6 +22,7 @@ from finetune.data.batch import Batch, build_batch, dummy_batch
 from finetune.data.documents import Document
 from finetune.data.packing import Sampler, micro_batches
 from finetune.parallel.ranks import sum_gradients
+from finetune.system.accelerator import default_device, on_gpu, runtime
 from finetune.system.console import log
 from finetune.system.errors import FinetuneError, Interrupted
 from finetune.system.signals import StopSignals
@@ -112,9 +113,9 @@ def _announce_stop(number: int, again: bool) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the peak memory so far: CUDA's maximum allocated, or the peak resident size on CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Return the peak memory so far: the most that a GPU's allocator handed out, or the peak resident size on a CPU."""
+    if on_gpu(device := default_device()):
+        return runtime(device).max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

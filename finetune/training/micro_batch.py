@@ -14,6 +14,7 @@ import torch
 
 from finetune.data.batch import Batch, build_batch
 from finetune.data.packing import micro_batches
+from finetune.system.accelerator import on_gpu
 from finetune.system.errors import ResourceError
 from finetune.system.out_of_memory import release_memory, result_or_none
 
@@ -94,7 +95,7 @@ def try_largest_pass(inputs: StepInputs, first_step: int, reserved_bytes: int = 
         ResourceError: not even one sequence fits.
     """
     accelerator, device = inputs.accelerator, inputs.accelerator.device
-    devices = [device] if device.type == "cuda" else []
+    devices = [device] if on_gpu(device) else []
     while True:
         batch = largest_batch(inputs, first_step)
         if batch is None:
@@ -107,7 +108,7 @@ def try_largest_pass(inputs: StepInputs, first_step: int, reserved_bytes: int = 
             (inputs.loss(batch) * 0.0).backward()
             return len(reserved) == reserved_bytes
 
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices, device_type=device.type):
             passed = inputs.micro_batch.attempt(work, first_step)
         if inputs.row_loss is not None:
             inputs.row_loss.take_sums()

@@ -10,6 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from finetune.config.schema import TrainConfig
+from finetune.system.accelerator import on_gpu
 
 
 def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Parameter]]) -> torch.optim.Optimizer:
@@ -32,7 +33,7 @@ def build_optimizer(cfg: TrainConfig, named_parameters: Iterable[tuple[str, Para
         settings["eps"] = cfg.eps
     if cfg.optimizer == "adamw":
         # On a GPU torch's own choice makes temporaries of the size of all moments; the fused one makes none.
-        fused = bool(trainable) and all(parameter.is_cuda for _, parameter in trainable)
+        fused = bool(trainable) and all(on_gpu(parameter) for _, parameter in trainable)
         return torch.optim.AdamW(groups, **settings, fused=fused or None)
     import bitsandbytes
 

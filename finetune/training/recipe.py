@@ -33,6 +33,7 @@ from finetune.planning.describe import describe_plan, describe_start
 from finetune.report.run import TEACHER
 from finetune.report.run_page import try_report
 from finetune.system import console
+from finetune.system.accelerator import device_warning, on_gpu
 from finetune.system.atomic import sync, write_text
 from finetune.system.console import Log
 from finetune.system.errors import FinetuneError, Interrupted, os_errors_as
@@ -121,6 +122,8 @@ def _train(
     log: Log = console.log if is_main else _drop
     detail = log if verbose else _drop
     describe_ignored_settings(cfg, log)
+    if message := device_warning():
+        log(message)
     if message := use_all_cores(kind):
         detail(message)
     [folder] = broadcast_object_list([output_folder.choose_folder(cfg) if is_main else None])
@@ -142,7 +145,7 @@ def _train(
         context = assemble(cfg, inputs, accelerator, checkpoint, model, **options)
         if is_main:
             output_folder.link_latest(given, folder)
-        with deterministic(cfg.train.deterministic and kind == "cuda"):
+        with deterministic(cfg.train.deterministic and on_gpu(kind)):
             return _run(context, checkpoint, halvings, heartbeat)
 
 

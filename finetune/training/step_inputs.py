@@ -16,6 +16,7 @@ from finetune.ops import dispatch, matmul
 from finetune.parallel.ranks import copy_from_main
 from finetune.parallel.sharding import is_sharded
 from finetune.report.facts import resume_command
+from finetune.system.accelerator import on_gpu
 from finetune.training.autotune import advice_on_memory
 from finetune.training.checkpoint import TrainState
 from finetune.training.choices import leave_smaller
@@ -98,7 +99,7 @@ def _configure_kernels(context: RunContext, steps: int, before: bool | None) -> 
     cfg, device = context.cfg, context.accelerator.device
     fused = cfg.train.kernels == "fused"
     all_fused = fused and not cfg.lora.dora and not cfg.quant.int8 and cfg.quant.type != "int8"
-    if device.type == "cuda":
+    if on_gpu(device):
         matmul.require_fp32_sums()
     if message := matmul.describe(device, getattr(torch, cfg.model.dtype), all_fused):
         (context.detail if all_fused else context.log)(message)

@@ -82,7 +82,7 @@ def _check_laws(results: Results, name: str) -> None:
         phase, operation, *_ = place.split(" ")
         waits[f"{phase} {'copy' if operation == 'pageable' else operation}"] += count
     assert dict(waits) == _OF_OTHERS.get(name, _OF_A_STEP)
-    chunk = LOGITS_VALUES["cuda"] + SMALL["vocab_size"]
+    chunk = LOGITS_VALUES["gpu"] + SMALL["vocab_size"]
     assert chunk < SMALL_TOKENS * SMALL["vocab_size"] / 2
     assert name.startswith("7B") or figures["widest"] <= chunk
     _check_order(figures, name.startswith("deterministic"))

@@ -13,7 +13,7 @@ from finetune.commands.eval import write_merged
 from finetune.config.command_options import EvalOptions
 from finetune.config.overrides import read_options
 from finetune.evaluation.compare import evaluate_gap
-from finetune.models.load import default_device
+from finetune.system.accelerator import default_device
 from finetune.system.resources import packaged
 
 pytestmark = pytest.mark.gpu

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 def test_loss_and_gradient_equal_float64(compiled, dtype, bias, monkeypatch):
     torch.manual_seed(0)
     rows, width, vocabulary = 301, 256, 5003
-    monkeypatch.setitem(LOGITS_VALUES, "cuda", 64 * vocabulary)
+    monkeypatch.setitem(LOGITS_VALUES, "gpu", 64 * vocabulary)
     head = torch.nn.Linear(width, vocabulary, bias=bias, device="cuda", dtype=dtype).requires_grad_(False)
     hidden = (4 * torch.randn(rows, width, device="cuda")).to(dtype)
     labels, weights = torch.randint(vocabulary, (rows,), device="cuda"), torch.rand(rows, device="cuda")

@@ -42,8 +42,9 @@ from finetune.export.verify import open_tokenizer
 from finetune.losses.hidden_states import target_states
 from finetune.models.adapters.files import fetch_adapter
 from finetune.models.families import family_of
-from finetune.models.load import default_device, load_base
+from finetune.models.load import load_base
 from finetune.ops.limits import EVALUATION_TOKENS
+from finetune.system.accelerator import default_device
 from finetune.system.errors import ConfigError, DataError
 
 

@@ -34,9 +34,10 @@ from finetune.models.adapters.names import PREFIX
 from finetune.models.adapters.trained import Trained
 from finetune.models.decoder import family_in
 from finetune.models.fused import fuse_layers
-from finetune.models.load import default_device, load_base
+from finetune.models.load import load_base
 from finetune.models.tokenizer import load_adapter_tokenizer
 from finetune.ops.limits import EVALUATION_TOKENS
+from finetune.system.accelerator import default_device
 from finetune.system.errors import ConfigError, DataError
 from finetune.towers.towers import build_towers
 

@@ -20,10 +20,10 @@ from finetune.export.shards import Content, Planned
 from finetune.models.adapters.trained import Trained
 from finetune.models.families import FAMILIES, ModelFamily, family_of, shape_of, text_settings
 from finetune.models.hub import named_in_model, read_config
-from finetune.models.load import default_device
 from finetune.models.quant.four_bit_weights import QuantizedWeights
 from finetune.models.safetensors_index import Stored, read_rows
 from finetune.models.tokenizer import quiet
+from finetune.system.accelerator import default_device
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.models.safetensors_index import save_tensors
+from finetune.system.accelerator import on_gpu
 from finetune.system.atomic import write_text
 from finetune.system.console import Log
 from finetune.system.format import format_bytes
@@ -174,7 +175,7 @@ def _parts(layers: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]
     for tensors in layers:
         for name, tensor in tensors.items():
             # safetensors rejects tensors that share memory (a table of all layers).
-            part[name] = tensor.cpu().contiguous() if tensor.is_cuda else tensor.clone()
+            part[name] = tensor.cpu().contiguous() if on_gpu(tensor) else tensor.clone()
             size_bytes += tensor.nbytes
         if size_bytes >= _PART_BYTES:
             yield part

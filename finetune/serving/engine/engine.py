@@ -25,8 +25,8 @@ from finetune.serving.engine.rows import Part
 from finetune.serving.engine.sampling import BatchSampler
 from finetune.serving.engine.scheduler import Answer, Scheduler, Span
 from finetune.serving.request import Event, Finished, FinishReason, Load, PromptScores, Put, Request, Token, TokenScore
+from finetune.system.accelerator import free_bytes_of, table_key
 from finetune.system.errors import ConfigError, InputError
-from finetune.system.machine import available_memory
 
 if TYPE_CHECKING:
     from finetune.config.command_options import ServeOptions
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 # Share of the free memory for keys and values; a GPU shares its memory with nobody.
-_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.8}
+_CACHE_SHARE = {"cpu": 0.5, "gpu": 0.8}
 # Logits of prompts at a time.
 _SCORED_VALUES = 2**23
 _COUNTERS = ("steps", "tokens_written", "prompt_tokens_computed", "prompt_tokens_shared", "preemptions")
@@ -300,11 +300,8 @@ def cache_blocks(base: PreTrainedModel, settings: ServeSettings, context_tokens:
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * width * base.dtype.itemsize
     if settings.cache_tokens is not None:
         return blocks_for(settings.cache_tokens)
-    kind = base.device.type
-    free = torch.cuda.mem_get_info(base.device)[0] if kind == "cuda" else available_memory()
-    return max(
-        1, min(int(free * _CACHE_SHARE[kind]) // token_bytes, settings.max_batch * context_tokens) // BLOCK_TOKENS
-    )
+    room = int(free_bytes_of(base.device) * _CACHE_SHARE[table_key(base.device)])
+    return max(1, min(room // token_bytes, settings.max_batch * context_tokens) // BLOCK_TOKENS)
 
 
 def build_engine(

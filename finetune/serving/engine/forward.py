@@ -29,10 +29,11 @@ from finetune.ops.packed import PackedLinear, can_pack, pack
 from finetune.serving.engine.adapters import INPUTS
 from finetune.serving.engine.blocks import BLOCK_TOKENS
 from finetune.serving.engine.rows import Group, Part, Rows, plan_rows
+from finetune.system.accelerator import on_gpu, table_key
 from finetune.system.errors import ConfigError
 
 # Keys and values that attention gathers at once: on a CPU they stay in the cache of a core.
-_GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**29}
+_GATHERED_BYTES = {"cpu": 2**20, "gpu": 2**29}
 # Positions whose angles depend on the longest row of a batch.
 _CHANGING_ROPES = ("dynamic", "longrope")
 
@@ -66,7 +67,7 @@ class RaggedDecoder:
         shape = (len(self._layers), blocks, BLOCK_TOKENS, 2, self._key_heads, self._width)
         self._cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         block_bytes = self._cache[0, :1].nbytes
-        self._gathered_blocks = max(1, _GATHERED_BYTES["cuda" if self.device.type == "cuda" else "cpu"] // block_bytes)
+        self._gathered_blocks = max(1, _GATHERED_BYTES[table_key(self.device)] // block_bytes)
         self._gathered = self._cache.new_empty(0)
         self._angles: tuple[Tensor, Tensor] = (self._gathered, self._gathered)
 
@@ -135,7 +136,7 @@ class RaggedDecoder:
             query = query_QHW.reshape(group.parts, self._key_heads, -1, self._width)
         else:
             query = query_QHW.reshape(group.parts, group.queries, self._heads, self._width).transpose(1, 2)
-            if query.is_cuda:  # torch's kernel with a mask has no grouped heads
+            if on_gpu(query):  # torch's kernel with a mask has no grouped heads
                 key, value = (x.repeat_interleave(self._heads // self._key_heads, 1) for x in (key, value))
         mask = group.mask
         if self._fp32_attention:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from finetune.config.schema import ModelConfig, QuantConfig
-from finetune.models import load as load_module
 from finetune.models.load import load_base
 from finetune.models.quant import four_bit
 from finetune.models.tokenizer import load_tokenizer
@@ -149,17 +148,6 @@ def test_without_bitsandbytes_the_error_gives_the_command(make_base, monkeypatch
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtra, match=r'pip install "bitsandbytes'):
         load_base(ModelConfig(name=str(make_base())), QuantConfig(), device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("cuda", "rank", "expected"), [(False, "3", "cpu"), (True, "3", "cuda:3"), (True, None, "cuda:0")]
-)
-def test_each_rank_has_its_own_device(monkeypatch, cuda: bool, rank: str | None, expected: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    assert load_module.default_device() == torch.device(expected)
 
 
 def test_a_loaded_tokenizer_equals_the_saved_one(tokenizer, tmp_path: Path) -> None:

@@ -79,9 +79,8 @@ class _OnStream(TorchDispatchMode):
 @pytest.fixture
 def device(monkeypatch) -> LateCopies:
     made = LateCopies()
-    monkeypatch.setattr(torch.cuda, "Stream", made.stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", made.stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: _OnStream(made))
+    streams = SimpleNamespace(Stream=made.stream, current_stream=made.stream, stream=lambda _: _OnStream(made))
+    monkeypatch.setattr(offload, "runtime", lambda _: streams)
     monkeypatch.setattr(offload, "pin_memory", made.pin)
     return made
 
@@ -192,12 +191,12 @@ def test_a_slot_returns_when_its_tensor_is_freed(device):
 
 def test_memory_is_pinned_in_exact_size_and_unpinned_once(monkeypatch):
     calls = []
-    runtime = SimpleNamespace(
+    cudart = SimpleNamespace(
         cudaHostRegister=lambda *args: calls.append(("pin", *args)) or 0,
         cudaHostUnregister=lambda *args: calls.append(("unpin", *args)) or 0,
     )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("wait", device)))
+    runtime = SimpleNamespace(cudart=lambda: cudart, synchronize=lambda device: calls.append(("wait", device)))
+    monkeypatch.setattr(offload, "runtime", lambda _: runtime)
     memory = PinnedMemory(CPU, 3)
     slot = memory.take(torch.zeros(32))
     assert calls == [("pin", slot.data_ptr(), 3 * 128, 1)]
@@ -209,7 +208,8 @@ def test_memory_is_pinned_in_exact_size_and_unpinned_once(monkeypatch):
 
 @pytest.mark.parametrize(("free", "code"), [(10**9, 2), (100, 0)])
 def test_too_little_main_memory_is_an_error_that_names_the_setting(free, code, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: code))
+    cudart = SimpleNamespace(cudaHostRegister=lambda *_: code)
+    monkeypatch.setattr(offload, "runtime", lambda _: SimpleNamespace(cudart=lambda: cudart))
     monkeypatch.setattr(offload, "available_memory", lambda: free)
     with pytest.raises(ResourceError, match=r"^train\.gradient_checkpointing=offload: "):
         offload.pin_memory(CPU, 1000)

@@ -92,6 +92,7 @@ def test_a_machine_whose_name_has_no_address_is_warned(names: set[str], monkeypa
 
 
 def test_the_doctor_shows_the_links_of_several_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "found_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))

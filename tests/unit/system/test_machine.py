@@ -124,16 +124,6 @@ def test_a_process_holds_the_memory_that_it_writes():
     assert machine.resident_memory() - before > 0.9 * len(content)
 
 
-def test_the_driver_reports_the_gpu_and_a_missing_gpu_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.device_memory() is None
-    command = tmp_path / "nvidia-smi"
-    command.write_text("#!/bin/sh\necho 'NVIDIA A100, 80GB, 81920, 80000'\n")
-    command.chmod(0o755)
-    found = machine.device_memory()
-    assert found == machine.DeviceMemory("NVIDIA A100, 80GB", 81920 * 2**20, 80000 * 2**20)
-
-
 FRESH = """
 import torch
 from finetune.system.machine import use_all_cores
