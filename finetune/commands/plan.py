@@ -26,14 +26,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.commands.base import Command, default_config
 from finetune.system.accelerator import CUDA, default_device, device_name, on_gpu
 from finetune.system.arguments import Arguments
 from finetune.system.console import console_for, log
-from finetune.system.errors import ConfigError, InputError
+from finetune.system.errors import InputError
 from finetune.system.format import format_bytes, format_estimate
 
 if TYPE_CHECKING:
@@ -152,11 +151,11 @@ def _planned_run(cfg: RunConfig, options: PlanOptions) -> tuple[PlanInputs, Plan
     """Return the inputs of the planned run, with what it decides for itself, and the device of each rank."""
     from finetune.planning.auto_batch import keep_copies
     from finetune.planning.gpus import planned_device, traits_of
-    from finetune.planning.inputs import plan_inputs
+    from finetune.planning.inputs import known_shape, plan_inputs
     from finetune.planning.sharded_base import shard_group
     from finetune.system.machine import nodes_of_run, ranks_of_run
 
-    shape = _shape_of(cfg.model.name)
+    shape = known_shape(cfg.model.name)
     device = planned_device(options.gpu, options.gpu_gb)
     ranks, nodes = options.gpus * options.nodes, options.nodes
     if not options.model_fields_set & {"gpus", "nodes"}:
@@ -261,23 +260,6 @@ def _print_media(cfg: RunConfig, content: Mapping[str, Any]) -> None:
         assumed = "assumed " if content["rates"].startswith("assumed") else ""
         seconds, size = format_estimate(content["media_seconds"]), format_bytes(content["media_bytes"])
         print(f"  before training: {assumed}{seconds}, embeddings on disk {size}")
-
-
-def _shape_of(model_name: str) -> Mapping[str, Any]:
-    """Return the shapes of a model from its local config.json or from the table of known sizes."""
-    from finetune.models.families import SHAPE_KEYS, family_of, shape_of
-
-    where, shape = f"model.name={model_name}", shape_of(model_name)
-    if shape is None and (Path(model_name).expanduser() / "config.json").is_file():
-        raise ConfigError(f"{where}: its config.json is corrupt or lacks one of {', '.join(SHAPE_KEYS)}")
-    if shape is None:
-        advice = "help: name a local folder with its config.json, or a hub id of a size on docs/models.md"
-        raise ConfigError(f"{where}: has unknown shapes, and a plan downloads nothing\n{advice}")
-    family_of(shape["model_type"], where)
-    sizes = [key for key in SHAPE_KEYS if key != "tie_word_embeddings"]
-    if wrong := [key for key in sizes if not isinstance(shape[key], int) or shape[key] < 1]:
-        raise ConfigError(f"{where}: config.json: {wrong[0]} must be a positive integer, found {shape[wrong[0]]!r}")
-    return shape
 
 
 def _describe(cfg: RunConfig, content: Mapping[str, Any], auto: bool) -> None:

@@ -25,21 +25,18 @@ def run(arguments: Arguments) -> int:
     """Check every combination, then run the sweep and print its table."""
     from finetune.report.compare import text_table
     from finetune.sweep import sweep
-    from finetune.sweep.record import PAGE, table
+    from finetune.sweep.outcome import PAGE, table
+    from finetune.sweep.plan import plan_sweep
 
-    settings = arguments.options.sweep
-    plan = sweep.plan_sweep(str(arguments.config), arguments.overrides, settings)
+    plan = plan_sweep(str(arguments.config), arguments.overrides, arguments.options.sweep, log)
     if "--dry-run" in arguments.flags:
-        for values in plan.space.grid() if settings.trials is None else []:
-            print(" ".join(f"{key}={value}" for key, value in values.items()))
-        if settings.trials is not None:
-            print(f"{settings.trials} runs, drawn from {' '.join(p.word for p in plan.space.parameters)}")
+        print("\n".join(plan.describe()))
         return 0
 
     from finetune.data.early_checks import check_inputs
 
     check_inputs(plan.first)
-    log(f"sweep: {plan.runs} runs, folder={plan.folder}")
+    log(f"sweep: {plan.size}, folder={plan.folder}")
     record = sweep.run_sweep(plan, log)
     print(text_table(table(plan.folder, record)))
     failed = [trial for trial in record.trials if trial.status == "failed"]

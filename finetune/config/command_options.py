@@ -286,6 +286,16 @@ class SweepSettings(Section):
     )
     direction: Literal["auto", "minimize", "maximize"] = Field("auto", description="Better direction; auto: by metric.")
     trials: Count | None = Field(None, description="Runs of a search (Optuna's TPE); null: every combination.")
+    space: Literal["auto"] | None = Field(
+        None, description="auto: search ranks, targets, bits, learning rate and packing length; null: the given values."
+    )
+    budget: Annotated[Number, Field(ge=1)] | None = Field(
+        None, description="Steps of space=auto, in full runs; null: 12."
+    )
+    memory_gb: Positive | None = Field(
+        None, description="Limit on the predicted memory of a run of space=auto in 10^9 bytes; null: what is free here."
+    )
+    hours: Positive | None = Field(None, description="Limit on the predicted time of a run of space=auto; null: none.")
     seed: Seed = Field(0, description="Seed of the search.")
     launch: Text | None = Field(
         None, description="Launcher, as 'accelerate launch finetune/train.py'; null: finetune train."

@@ -98,7 +98,7 @@ def reward_steps(reward: RewardConfig, train: TrainConfig) -> Problems:
         return
     if train.neftune_alpha:
         yield Problem("train.neftune_alpha", "does not work with reward.loss; set it to 0")
-    for key in ("max_steps", "eval_every", "save_every"):
+    for key in ("max_steps", "eval_every", "save_every", "pause_at"):
         if (steps := getattr(train, key)) is not None and steps % reward.updates:
             text = f"must be a multiple of reward.updates={reward.updates}, which share answers, found {steps}"
             yield Problem(f"train.{key}", text)

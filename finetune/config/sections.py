@@ -219,6 +219,7 @@ class TrainConfig(Section):
     save_every: Count | None = Field(None, description="Steps between checkpoints; null: save only at the end.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints to keep; the best one is always kept.")
     early_stopping: Count | None = Field(None, description="Evaluations without improvement before a stop; null: off.")
+    pause_at: Count | None = Field(None, description="Step to save and stop at; train.resume=auto continues later.")
     resume: Text = Field("never", description="never, auto (the newest valid checkpoint), or a checkpoint folder.")
     seed: Seed = Field(0, description="Seed of all random numbers.")
     world_size: Count | None = Field(None, description="Required number of processes; null: any number.")

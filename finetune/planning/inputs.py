@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from finetune.config import schema
 from finetune.config.preference_rules import NEEDS_REFERENCE
-from finetune.models.families import FAMILIES, SHAPE_KEYS, ModelFamily, shape_of, text_settings
+from finetune.models.families import FAMILIES, SHAPE_KEYS, ModelFamily, family_of, shape_of, text_settings
 from finetune.planning.media import MediaLoad, largest_media
 from finetune.planning.sequences import FullSequence, plain_sequence, sequence_of_groups, sequence_of_pairs
 from finetune.planning.static_memory import DTYPE_BYTES, StaticMemory, adapted_linears, linear_shapes, plan_memory
 from finetune.planning.tower_shapes import TowerShape, tower_shapes
 from finetune.system.accelerator import on_gpu, table_key
+from finetune.system.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,3 +324,21 @@ def plan_inputs(
     sections = ("model", "quant", "lora", "data", "train", "distill", "preference", "reward", "guard", "generation")
     parts = {name: getattr(cfg, name) for name in (*sections, "parallel", "has_teacher")}
     return PlanInputs(shape=shape or {}, **parts, device_type=device_type, ranks=ranks, gpu=gpu, nodes=nodes)
+
+
+def known_shape(model_name: str) -> Mapping[str, Any]:
+    """Return the shapes of a model from its local config.json or from the table of known sizes.
+
+    Raises: ConfigError, since a plan downloads nothing.
+    """
+    where, shape = f"model.name={model_name}", shape_of(model_name)
+    if shape is None and (Path(model_name).expanduser() / "config.json").is_file():
+        raise ConfigError(f"{where}: its config.json is corrupt or lacks one of {', '.join(SHAPE_KEYS)}")
+    if shape is None:
+        advice = "help: name a local folder with its config.json, or a hub id of a size on docs/models.md"
+        raise ConfigError(f"{where}: has unknown shapes, and a plan downloads nothing\n{advice}")
+    family_of(shape["model_type"], where)
+    sizes = [key for key in SHAPE_KEYS if key != "tie_word_embeddings"]
+    if wrong := [key for key in sizes if not isinstance(shape[key], int) or shape[key] < 1]:
+        raise ConfigError(f"{where}: config.json: {wrong[0]} must be a positive integer, found {shape[wrong[0]]!r}")
+    return shape

@@ -19,6 +19,7 @@ from finetune.system.plotting import svg
 
 REPORT = "report.html"
 _STATUS = {
+    "paused": "paused at the step of train.pause_at; a checkpoint is saved",
     "stopped": "stopped by a signal; a checkpoint is saved",
     "unfinished": "unfinished: still running, or killed",
 }

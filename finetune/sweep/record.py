@@ -1,4 +1,4 @@
-"""The files of a sweep's folder: sweep.json, from which it resumes, and the table, picture and page of its runs."""
+"""sweep.json, the record of a sweep, from which it resumes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from finetune.report.compare import text_table
-from finetune.report.facts import FIGURES, figure_named
-from finetune.report.run import Run, read_run
+from finetune.report.facts import figure_named
 from finetune.report.settings import shown
-from finetune.report.sweep import SweepResults, effects_figure, write_sweep_page
+from finetune.report.sweep import SweepResults
+from finetune.sweep.limits import Prediction
 from finetune.system.atomic import write_text
-from finetune.system.errors import ConfigError, FinetuneError, InputError, IntegrityError, os_errors_as
-from finetune.system.plotting import save_png
+from finetune.system.errors import ConfigError, FinetuneError, IntegrityError, os_errors_as
 from finetune.system.sealed import seal, unseal
 
-RECORD, TABLE, PICTURE, PAGE = "sweep.json", "sweep.md", "sweep.png", "sweep.html"
+RECORD = "sweep.json"
 _FULL = "free space and repeat the command; finished runs are kept"
-_MORE_FIGURES = ("eval_loss", "exact_match_after", "final_loss", "train_seconds", "peak_bytes")
 
 
 @dataclass
@@ -35,14 +32,22 @@ class Trial:
         metric: None until it is measured.
         error: why the run failed.
         same_as: number of an earlier run with the same values; this one is not repeated.
+        until: step that it trains to, with space=auto.
+        rungs: the metric at each step where it paused or ended.
+        plan: what the planner predicts.
+        over_limits: draws before this one that the limits rejected.
     """
 
     number: int
     values: dict[str, str]
-    status: Literal["waiting", "running", "finished", "stopped", "failed"] = "waiting"
+    status: Literal["waiting", "running", "paused", "finished", "stopped", "failed"] = "waiting"
     metric: float | None = None
     error: str | None = None
     same_as: int | None = None
+    until: int | None = None
+    rungs: dict[int, float] = field(default_factory=dict)
+    plan: Prediction | None = None
+    over_limits: int = 0
 
     @property
     def folder_name(self) -> str:
@@ -55,17 +60,30 @@ class Trial:
 
 @dataclass
 class Record:
-    """A sweep; it resumes only with an equal `spec`."""
+    """A sweep; it resumes only with an equal `spec`.
+
+    Attributes:
+        memory_bytes: with space=auto, the memory that was free when it began, which limits every run.
+        exhausted: the space has no further candidate.
+    """
 
     spec: dict[str, Any]
     metric: str
     minimize: bool
     trials: list[Trial] = field(default_factory=list)
+    memory_bytes: float | None = None
+    exhausted: bool = False
 
     def ranked(self) -> list[Trial]:
-        """Return the runs, best first; those without a metric are last, in their order."""
+        """Return the runs, best first; those without a metric are last: the furthest first, then in their order."""
         sign = 1 if self.minimize else -1
-        return sorted(self.trials, key=lambda t: (t.metric is None, sign * (t.metric or 0.0), t.number))
+
+        def place(trial: Trial) -> tuple[bool, float, float, int]:
+            step, metric = max(trial.rungs.items(), default=(0, 0.0))
+            measured = trial.metric if trial.metric is not None else metric
+            return trial.metric is None, 0 if trial.metric is not None else -step, sign * measured, trial.number
+
+        return sorted(self.trials, key=place)
 
     def results(self) -> SweepResults | None:
         """Return the settings and metrics of the measured runs, or None if there are none."""
@@ -111,72 +129,3 @@ def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
     if lines:
         help_line = "help: repeat its command, or choose another sweep.out"
         raise ConfigError("\n".join([f"sweep.out={folder}: holds another sweep", *lines, help_line]))
-
-
-def table(folder: Path, record: Record) -> list[list[str]]:
-    """Return the head, then one row per run: its settings, the metric, other figures and its status."""
-    keys = list(dict.fromkeys(key for trial in record.trials for key in trial.values))
-    metric = figure_named(record.metric)
-    runs = {trial.number: _run_of(folder, trial) for trial in record.trials}
-    more = [
-        figure
-        for figure in FIGURES
-        if figure.name in _MORE_FIGURES
-        and figure.name != record.metric
-        and any(run is not None and run.figure(figure.name) is not None for run in runs.values())
-    ]
-    rows = [["run", *keys, metric.label, *(figure.label for figure in more), "status"]]
-    for trial in record.ranked():
-        run = runs[trial.number]
-        values = [None if run is None else run.figure(figure.name) for figure in more]
-        status = trial.status if trial.same_as is None else f"as {trial.folder_name}"
-        if trial.error and trial.same_as is None:
-            status += f": {trial.error.splitlines()[0]}"
-        rows.append(
-            [
-                f"trial-{trial.number:03d}",
-                *(trial.values.get(key, "") for key in keys),
-                "" if trial.metric is None else metric.form(trial.metric),
-                *("" if value is None else figure.form(value) for figure, value in zip(more, values, strict=True)),
-                status,
-            ]
-        )
-    return rows
-
-
-def _run_of(folder: Path, trial: Trial) -> Run | None:
-    try:
-        return read_run(folder / trial.folder_name)
-    except InputError:
-        return None  # not started
-
-
-def write_table(folder: Path, record: Record) -> None:
-    """Write sweep.md."""
-    write_text(folder / TABLE, text_table(table(folder, record)) + "\n")
-
-
-def write_outcome(folder: Path, name: str, record: Record) -> None:
-    """Write sweep.md, sweep.png and sweep.html."""
-    write_table(folder, record)
-    ranked, results = record.ranked(), record.results()
-    finished = sum(trial.status == "finished" for trial in record.trials)
-    cards = []
-    if results is not None:
-        save_png(effects_figure(results), folder / PICTURE)
-        best, metric = ranked[0], figure_named(record.metric)
-        cards = [(f"best {metric.label}", metric.form(best.metric or 0.0), best.folder_name)]
-        cards += [(key, value, "") for key, value in best.values.items()]
-    write_sweep_page(
-        folder / PAGE,
-        f"{name}: sweep",
-        f"{len(record.trials)} runs, {finished} finished",
-        best=cards,
-        results=results,
-        rows=table(folder, record),
-        runs=[
-            (f"trial-{trial.number:03d}: {trial.described}", run)
-            for trial in ranked
-            if trial.same_as is None and (run := _run_of(folder, trial)) is not None and run.metrics
-        ],
-    )

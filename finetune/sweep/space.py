@@ -1,9 +1,9 @@
-"""The settings that vary: Hydra's syntax (`lora.rank=8,16`, `interval(1e-5,1e-3)`), and Optuna's suggestions."""
+"""The settings that vary, in Hydra's syntax: `lora.rank=8,16`, `interval(1e-5,1e-3)`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -15,11 +15,9 @@ from hydra.errors import HydraException
 
 from finetune.config.keys import find
 from finetune.config.problems import COMMAND_LINE, Problem, config_error
-from finetune.sweep.record import Trial
 from finetune.system.resources import packaged
 
 MOST_RUNS = 1000
-_SEED_STRIDE = 1_000_003  # neighboring seeds share no runs
 _OURS = {
     "output_dir": "set by the sweep; set sweep.out instead",
     "train.resume": "set by the sweep, which resumes by itself",
@@ -36,7 +34,8 @@ class Parameter:
         low, high: ends of an interval.
         whole: only whole numbers.
         logarithmic: scale of the search.
-        step: of a range.
+        ordered: choices are numbers of which neighbors are alike.
+        only_with: another parameter of which the value must be one of these; None: drawn always.
     """
 
     key: str
@@ -46,7 +45,14 @@ class Parameter:
     high: float = 0.0
     whole: bool = False
     logarithmic: bool = False
-    step: int | None = None
+    ordered: bool = False
+    only_with: tuple[str, frozenset[str]] | None = None
+
+    def describe(self) -> str:
+        """Return the parameter and its values."""
+        if self.choices:
+            return f"{self.key}: {' '.join(self.choices)}"
+        return f"{self.key}: {self.low:g} to {self.high:g}{', logarithmic' if self.logarithmic else ''}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,10 @@ class Space:
     def combinations(self) -> int:
         return math.prod(len(parameter.choices) for parameter in self.parameters)
 
+    def words(self, values: Mapping[str, str]) -> list[str]:
+        """Return the overrides of a run with these values of the parameters, beside the fixed ones."""
+        return [f"{key}={value}" for key, value in values.items()]
+
     def grid(self) -> Iterator[dict[str, str]]:
         """Yield every combination, as key -> value; the last key varies fastest."""
         keys = [parameter.key for parameter in self.parameters]
@@ -67,8 +77,8 @@ class Space:
             yield dict(zip(keys, values, strict=True))
 
 
-def read_space(words: Sequence[str], config: str, searching: bool) -> Space:
-    """Separate fixed and varying overrides; `searching` allows intervals.
+def read_space(words: Sequence[str], config: str, searching: bool, may_be_fixed: bool = False) -> Space:
+    """Separate fixed and varying overrides; `searching` allows intervals, `may_be_fixed` words that vary nothing.
 
     Raises:
         ConfigError: with every problem.
@@ -90,7 +100,7 @@ def read_space(words: Sequence[str], config: str, searching: bool) -> Space:
         for parameter in parameters
         if not parameter.choices and not searching
     ]
-    if not parameters and not problems:
+    if not parameters and not problems and not may_be_fixed:
         text = "no setting varies; list several values, as train.learning_rate=1e-4,2e-4"
         problems.append(Problem("", text, COMMAND_LINE))
     space = Space(tuple(fixed), tuple(parameters))
@@ -124,8 +134,8 @@ def _parameter(key: str, word: str, override: Override, config: str) -> Paramete
     choices = list(dict.fromkeys(islice(map(_text, override.sweep_iterator()), MOST_RUNS + 1)))
     if not choices:
         raise ValueError("no value")
-    step = value.step if isinstance(value, RangeSweep) and {type(value.start), type(value.step)} == {int} else None
-    return Parameter(key, word, tuple(choices), step=int(step) if step else None)
+    ordered = isinstance(value, RangeSweep) and {type(value.start), type(value.step)} == {int}
+    return Parameter(key, word, tuple(choices), ordered=ordered)
 
 
 def _interval(key: str, word: str, value: IntervalSweep) -> Parameter:
@@ -161,50 +171,3 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return value if isinstance(value, str) else str(Override._get_value_element_as_str(value))
-
-
-def suggest(space: Space, past: Sequence[Trial], minimize: bool, seed: int) -> dict[str, str]:
-    """Return the override texts by key for the next run, from Optuna's tree-structured Parzen estimator.
-
-    The suggestion for the n-th run is a function of the seed, n and the metrics of the runs before. No state is saved,
-    so an interrupted search resumes exactly. Runs without a metric are ignored.
-    Source: Bergstra et al. 2011.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=(seed * _SEED_STRIDE + len(past)) % 2**32)
-    study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=sampler)
-    distributions = {parameter.key: _distribution(parameter) for parameter in space.parameters}
-    for trial in past:
-        if trial.metric is not None:
-            values = {parameter.key: _value(parameter, trial.values[parameter.key]) for parameter in space.parameters}
-            study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=trial.metric))
-    drawn = study.ask(distributions).params
-    return {parameter.key: _override(parameter, drawn[parameter.key]) for parameter in space.parameters}
-
-
-def _distribution(parameter: Parameter) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if parameter.step is not None:
-        numbers = sorted(map(int, parameter.choices))
-        return IntDistribution(numbers[0], numbers[-1], step=abs(parameter.step))
-    if parameter.choices:
-        return CategoricalDistribution(parameter.choices)
-    if parameter.whole:
-        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.logarithmic)
-    return FloatDistribution(parameter.low, parameter.high, log=parameter.logarithmic)
-
-
-def _value(parameter: Parameter, text: str) -> Any:
-    if parameter.choices and parameter.step is None:
-        return text
-    return float(text) if parameter.step is None and not parameter.whole else int(text)
-
-
-def _override(parameter: Parameter, value: Any) -> str:
-    """Format a value as an override; a drawn number has four digits."""
-    if isinstance(value, float):
-        value = min(max(float(f"{value:.4g}"), parameter.low), parameter.high)
-    return value if isinstance(value, str) else repr(value)

@@ -128,8 +128,8 @@ def fit(
     evaluate: Callable[[TrainState], tuple[Figures, bool]] | None = None,
     sample: Callable[[], None] | None = None,
     sample_every: int | None = None,
-) -> None:
-    """Train from `state.step` to the last step, to early stopping, or until `evaluate` ends the run.
+) -> bool:
+    """Train from `state.step` to the last step, to `pause_at`, to early stopping, or until `evaluate` ends the run.
 
     Args:
         state: updated in place after each step.
@@ -137,13 +137,17 @@ def fit(
         evaluate: returns the figures of the held-out sets, `eval_loss` among them, and whether the run ends.
         sample: shows answers of the model, every `sample_every` steps.
 
+    Returns:
+        Whether the run is paused: saved, with steps left.
+
     Raises:
         Interrupted: after SIGTERM or Ctrl+C, once the checkpoint of the step is saved.
         FinetuneError: the loss or the gradient is NaN or infinite. The update is not made.
     """
     cfg, halted = inputs.cfg, False
+    end = min(inputs.total_steps, cfg.pause_at or inputs.total_steps)
     with StopSignals(_announce_stop) as stop:
-        while state.step < inputs.total_steps and not halted and not _stopped_early(cfg, state):
+        while state.step < end and not halted and not _stopped_early(cfg, state):
             start, step = time.perf_counter(), state.step + 1
             result = train_step(inputs, step, stop.received)
             seconds = time.perf_counter() - start
@@ -162,13 +166,14 @@ def fit(
                 sample()
             last = step == inputs.total_steps or halted or _stopped_early(cfg, state)
             stopping = result.stop_signal and _is_due(inputs.round_steps, step)
-            if last or improved or stopping or _is_due(cfg.save_every, step):
+            if last or step == end or improved or stopping or _is_due(cfg.save_every, step):
                 save(state)
-            if stopping and not last:
+            if stopping and not last and step < end:
                 advice = f"help: {inputs.resume_command}"
                 raise Interrupted(result.stop_signal, f"stopped by a signal after step {step}\n{advice}")
     if _stopped_early(cfg, state):
         tracker.message(f"early stopping: step={state.step}, best_step={state.best_step}")
+    return state.step < inputs.total_steps and not halted and not _stopped_early(cfg, state)
 
 
 def train_step(inputs: StepInputs, step: int, stop_signal: int = 0) -> StepResult:

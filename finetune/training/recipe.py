@@ -173,7 +173,7 @@ def _run(
             with closing(tracker), closing(context.sampler):
                 if state.step < inputs.total_steps:
                     _try_largest_pass(context, inputs, state)
-                fit(
+                paused = fit(
                     inputs,
                     state,
                     tracker=tracker,
@@ -183,8 +183,11 @@ def _run(
                     sample_every=cfg.generation.every,
                 )
             apply_gradient_checkpointing(context.model, context.batch_plan.recompute)  # anew: unpins main memory
-            _finish(context, optimizer, state, result)
-        result.status = "finished"
+            if paused:
+                _pause(context, state)
+            else:
+                _finish(context, optimizer, state, result)
+        result.status = "paused" if paused else "finished"
     except Interrupted as error:
         result.status, result.error = "stopped", str(error)
         raise
@@ -262,6 +265,14 @@ def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoi
     if context.is_main:
         run_folder.write_samples(context.folder, _answers_before(state))
     return state
+
+
+def _pause(context: RunContext, state: TrainState) -> None:
+    """Evaluate a run that is paused and saved: what it computes from here on changes nothing when it continues."""
+    every = context.cfg.train.eval_every
+    if context.data.eval and (every is None or state.step % every):
+        state.evaluations = evaluate_run(context)
+    context.log(f"paused: step={state.step}, continue with train.resume=auto and a later train.pause_at, or none")
 
 
 def _finish(context: RunContext, optimizer: torch.optim.Optimizer, state: TrainState, result: RunResult) -> None:

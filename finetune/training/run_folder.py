@@ -48,6 +48,7 @@ _FREE = {
         "save_every",
         "keep_checkpoints",
         "early_stopping",
+        "pause_at",
         "resume",
         "world_size",
     },
@@ -65,7 +66,7 @@ class RunResult:
     """The content of result.json.
 
     Attributes:
-        status: finished | stopped | failed.
+        status: finished | paused | stopped | failed.
         final_loss: training loss of the last step in nats per target token; eval_loss likewise on the held-out sets.
         evaluations_before: of the untrained model, empty if not measured.
         exact_match_before: share of held-out rows answered exactly, in [0, 1]; None if not measured.

@@ -172,3 +172,17 @@ def test_early_stopping_ends_the_run_with_the_best_adapter(tmp_path):
     assert kept == {f"checkpoint-{best}", f"checkpoint-{outcome.steps}"}
     best_tensors = adapter(tmp_path / f"checkpoint-{best}")
     assert all(torch.equal(tensor, best_tensors[name]) for name, tensor in adapter(tmp_path).items())
+
+
+def test_a_run_with_pauses_equals_an_unbroken_one(tmp_path):
+    words, paused = ("lora.rank=4", "data.eval.0.limit=8"), tmp_path / "paused"
+    train(small_run(tmp_path / "unbroken", *words))
+    losses = []
+    for step in (1, 3, 3):  # the same command again does nothing
+        done = train(small_run(paused, *words, f"train.pause_at={step}", "train.resume=auto"))
+        assert (done.status, done.steps, done.adapter) == ("paused", step, None)
+        losses.append(done.eval_loss)
+    assert None not in losses and losses[0] != losses[1] == losses[2]
+    assert train(small_run(paused, *words, "train.resume=auto")).status == "finished"
+    assert differing(tmp_path / "unbroken", paused) == []
+    assert metrics(tmp_path / "unbroken") == metrics(paused)

@@ -82,6 +82,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "distill.teacher.steps_ahead": ([1], [0]),
     "distill.teacher.requests": ([1], [0]),
     "train.save_every": ([1, None], [0]),
+    "train.pause_at": ([1, None], [0]),
     "train.keep_checkpoints": ([1], [0]),
     "train.seed": ([0, 2**32 - 1], [-1, 2**32]),
     "train.world_size": ([1, None], [0]),

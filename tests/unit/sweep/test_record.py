@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.sweep.record import RECORD, Record, Trial, check_same, load_record, table
+from finetune.sweep.outcome import table
+from finetune.sweep.record import RECORD, Record, Trial, check_same, load_record
 from finetune.system.errors import ConfigError, IntegrityError
 from tests.run_folders import write_run
 

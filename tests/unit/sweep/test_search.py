@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from finetune.sweep.record import Trial
-from finetune.sweep.space import read_space, suggest
+from finetune.sweep.space import read_space
+from finetune.sweep.suggest import suggest
 
 pytest.importorskip("optuna")
 WORDS = [

@@ -90,7 +90,7 @@ def test_an_interval_knows_its_ends_its_scale_and_whole_numbers():
     rate, rank, alpha = read_space(words, "quickstart.yaml", True).parameters
     assert (rate.low, rate.high, rate.logarithmic, rate.whole) == (1e-5, 1e-3, True, False)
     assert (rank.low, rank.high, rank.logarithmic, rank.whole) == (4, 32, False, True)
-    assert alpha.step == 4 and alpha.choices == ("4", "8", "12", "16")
+    assert alpha.ordered and alpha.choices == ("4", "8", "12", "16")
 
 
 @pytest.mark.parametrize(
