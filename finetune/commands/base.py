@@ -32,6 +32,8 @@ COMMANDS = {
     "allocate": "choose 4, 8 or 16 bits for each layer, within a budget",
     "merge": "add an adapter to the weights of its base",
     "export": "write a model for llama.cpp, Ollama, ONNX Runtime or a server",
+    "clip": "limit the update of a federated party, and add noise to it",
+    "aggregate": "average the adapters of federated parties",
     "push": "upload an adapter or a model to the model hub",
     "report": "draw the report of a run again",
     "watch": "serve the report of a run while it trains",

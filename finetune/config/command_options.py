@@ -185,6 +185,36 @@ class MergeOptions(Section):
     kl_check: KlCheckOptions = Field(KlCheckOptions(), description="Comparison with the trained model.")
 
 
+class ClipOptions(Section):
+    """`finetune clip`."""
+
+    adapter: Text = Field(description="Run folder, checkpoint or adapter folder of this party.")
+    start: Text | None = Field(None, description="Adapter that the round started from; null: an untrained one, B = 0.")
+    out: Text = Field(description="Folder to write; it must not exist.")
+    max_norm: Positive = Field(1.0, description="Limit on the L2 norm of adapter - start, over all trained tensors.")
+    noise: NotNegative = Field(0.0, description="Standard deviation of each value's noise over max_norm; 0: none.")
+    seed: Seed | None = Field(
+        None, description="Seed of the noise, for tests: who knows it can remove the noise. null: drawn by the system."
+    )
+
+
+class AggregateOptions(Section):
+    """`finetune aggregate`."""
+
+    adapters: list[Text] = Field(min_length=1, description="Adapter folders or runs of the parties.")
+    out: Text = Field(description="Folder to write; it must not exist.")
+    start: Text | None = Field(None, description="Adapter that the round started from; null: an untrained one, B = 0.")
+    weights: list[Number] | None = Field(None, description="Weight of each party, as its rows; null: equal.")
+    method: Literal["ffa", "fedavg", "fedex"] = Field(
+        "ffa",
+        description="ffa: mean of B with one frozen A, exact; fedavg: means of A and B, with an error; fedex: the same "
+        "means, and the rest for the base, exact.",
+    )
+    max_error: NotNegative = Field(0.0, description="Accepted error of fedavg, over the norm of the mean update.")
+    max_norm: Positive | None = Field(None, description="Norm above which an update is bad; null: no limit.")
+    on_bad_party: Literal["error", "leave_out"] = Field("error", description="At bad parties: list and stop, or go on.")
+
+
 class ExportOptions(Section):
     """`finetune export`."""
 

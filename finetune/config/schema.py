@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from finetune.config.frozen_a_rules import frozen_a
 from finetune.config.media_rules import pixel_limits
 from finetune.config.parallel_rules import shared_base
 from finetune.config.preference_rules import (
@@ -371,6 +372,7 @@ RULES: tuple[Callable[..., Problems], ...] = (
     _targets,
     _lora,
     _start,
+    frozen_a,
     _data,
     pixel_limits,
     _train,

@@ -85,6 +85,9 @@ class LoraConfig(Section):
     init: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "loftq"] = Field(
         "default", description="Initialization of the adapter; pissa and olora need quant.type=none."
     )
+    freeze_a: bool = Field(
+        False, description="Train B alone; A, drawn from train.seed, stays equal at all parties of federated learning."
+    )
     modules_to_save: list[Text] = Field([], description="Modules to train in full and to save with the adapter.")
     rank_pattern: dict[Text, Count] = Field({}, description="Ranks for single modules, as {name or regex: rank}.")
     alpha_pattern: dict[Text, Positive] = Field({}, description="Alphas for single modules, as {name or regex: alpha}.")

@@ -3,7 +3,8 @@
     y = x W^T + b + scale * dropout(x) A^T B^T
 
 W is frozen. It may be 4-bit: it is dequantized before each product and freed after it. Saved for backward: x, once for
-all projections that read it, if one has an adapter; in the MLP also gate and up. Everything else is recomputed.
+all projections that read it, if one has an adapter; x A^T alone if A is frozen; in the MLP also gate and up.
+Everything else is recomputed.
 
 Shapes: T tokens, D inputs, O outputs, I intermediate width.
 Source: Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314.
@@ -12,7 +13,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.14314
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ from torch.autograd.function import once_differentiable
 from finetune.ops.dequantize import dequantize
 from finetune.ops.elementwise import swiglu_backward_, swiglu_forward
 from finetune.ops.limits import MLP_FORWARD_ROWS, MLP_MOST_TILE_ROWS, MLP_ROWS, MLP_TILES
-from finetune.ops.lora import Adapter, Stack, add_adapters_, add_input_gradient_, factor_gradients, stack_adapters
+from finetune.ops.lora import (
+    Adapter,
+    Stack,
+    add_adapters_,
+    add_input_gradient_,
+    factor_gradients,
+    project_frozen,
+    stack_adapters,
+)
 from finetune.ops.matmul import add_matmul_, matmul
 
 
@@ -45,8 +54,7 @@ class Projection:
 
 def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Apply several linear layers to x [..., D], in its dtype; returns one [..., O] each."""
-    factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
-    outputs = _Project.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *factors)
+    outputs = _Project.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *_trained(projections))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -59,10 +67,9 @@ def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, ti
     dropout = any(p.adapter and p.adapter.dropout for p in (gate, up, down))
     if tile_rows is not None and not dropout:
         projections = (gate, up, down)
-        factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
         x_TD = _Keep.apply(x.reshape(-1, x.shape[-1]))
         rows = max(tile_rows, min(len(x_TD) // MLP_TILES, MLP_MOST_TILE_ROWS))
-        return _TiledMlp.apply(x_TD, projections, x_TD.grad_fn, rows, *factors).view(x.shape)
+        return _TiledMlp.apply(x_TD, projections, x_TD.grad_fn, rows, *_trained(projections)).view(x.shape)
     plain = all(p.quant_state is None and not (p.adapter and p.adapter.dropout) for p in (gate, up, down))
     if plain and x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled():
         y = torch.empty_like(x)
@@ -74,14 +81,13 @@ def swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, ti
 
 def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
     projections = (gate, up, down)
-    factors = [factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b)]
     # A frozen down saves nothing. Outside the function, gradient checkpointing does not recompute it.
     inside = projections if down.adapter else projections[:2]
     x_TD = x.reshape(-1, x.shape[-1])
     # All rows on a GPU, and with dropout: blocks would draw other masks from the same seed.
     whole = x.device.type != "cpu" or any(p.adapter and p.adapter.dropout for p in projections)
     blocks = (x_TD,) if whole or len(x_TD) <= MLP_ROWS else x_TD.split(MLP_ROWS)
-    outputs = [_SwigluMlp.apply(x_BD, inside, *factors) for x_BD in blocks]
+    outputs = [_SwigluMlp.apply(x_BD, inside, *_trained(projections)) for x_BD in blocks]
     if not down.adapter:
         outputs = [project(y_BI, (down,))[0] for y_BI in outputs]
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).view(x.shape)
@@ -90,16 +96,16 @@ def _swiglu_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, projections: tuple[Projection, ...], *factors: Tensor) -> tuple[Tensor, ...]:
-        masks = _draw_masks(x_TD, projections)
+        stacks, kept = _first_stacks(projections, x_TD)
         ctx.projections = projections
-        ctx.save_for_backward(x_TD if factors else None, *masks)
-        return _forward(x_TD, projections, _stacks(projections, x_TD, masks))
+        ctx.save_for_backward(x_TD if _trains_a(projections) else None, *kept)
+        return _forward(x_TD, projections, stacks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TD, *masks = ctx.saved_tensors
-        stacks = _stacks(ctx.projections, grad_outputs[0], masks)
+        x_TD, *kept = ctx.saved_tensors
+        stacks = _stacks(ctx.projections, grad_outputs[0], kept)
         grad_x, factors = _backward(grad_outputs, x_TD, ctx.projections, stacks, wants_x=ctx.needs_input_grad[0])
         return grad_x, None, *factors
 
@@ -110,29 +116,30 @@ class _SwigluMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, projections: tuple[Projection, ...], *factors: Tensor) -> Tensor:
         inner, down = projections[:2], projections[2:]
-        masks = _draw_masks(x_TD, inner)
-        gate_TI, up_TI = _forward(x_TD, inner, _stacks(inner, x_TD, masks))
-        y = swiglu_forward(gate_TI, up_TI)
+        stacks, kept = _first_stacks(inner, x_TD)
+        gate_TI, up_TI = _forward(x_TD, inner, stacks)
+        y, kept_down = swiglu_forward(gate_TI, up_TI), []
         if down:
-            masks += _draw_masks(y, down)
-            (y,) = _forward(y, down, _stacks(down, y, masks[2:]))
+            stacks, kept_down = _first_stacks(down, y)
+            (y,) = _forward(y, down, stacks)
         ctx.projections = projections
-        ctx.save_for_backward(x_TD if any(p.adapter for p in inner) else None, gate_TI, up_TI, *masks)
+        ctx.save_for_backward(x_TD if _trains_a(inner) else None, gate_TI, up_TI, *kept_down, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inner, down = ctx.projections[:2], ctx.projections[2:]
-        x_TD, gate_TI, up_TI, *masks = ctx.saved_tensors
+        x_TD, gate_TI, up_TI, *kept = ctx.saved_tensors
         grad, down_factors = grad_outputs[0], []
         if down:
-            stacks = _stacks(down, grad, masks[2:])
-            lows, down_factors = _grad_factors([grad], swiglu_forward(gate_TI, up_TI), down, stacks)
+            stacks, kept = _stacks(down, grad, kept[:2]), kept[2:]  # its mask and its x A^T
+            product_TI = swiglu_forward(gate_TI, up_TI) if _trains_a(down) else None
+            lows, down_factors = _grad_factors([grad], product_TI, down, stacks)
             grad = _grad_input([grad], down, stacks, lows)
         # Overwrites saved tensors: autograd's version check makes a second backward pass an error.
         swiglu_backward_(grad, gate_TI, up_TI)
-        stacks = _stacks(inner, grad, masks[:2])
+        stacks = _stacks(inner, grad, kept)
         grad_x, factors = _backward((gate_TI, up_TI), x_TD, inner, stacks, wants_x=ctx.needs_input_grad[0])
         return grad_x, None, *factors, *down_factors
 
@@ -203,13 +210,30 @@ class _TiledMlp(torch.autograd.Function):
         return grad_x_TD, None, None, None, *sums
 
 
-def _draw_masks(x_TD: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
-    return [p.adapter.draw_mask(x_TD) if p.adapter else None for p in projections]
+def _trained(projections: Sequence[Projection]) -> list[Tensor]:
+    return [factor for p in projections if p.adapter for factor in p.adapter.trained]
 
 
-def _stacks(projections: Sequence[Projection], like: Tensor, masks: Sequence[Tensor | None] = ()) -> list[Stack]:
-    """Return the adapters of projections in the dtype of a tensor. masks: of dropout; empty without."""
-    return stack_adapters([p.adapter for p in projections], masks or [None] * len(projections), like.dtype)
+def _trains_a(projections: Sequence[Projection]) -> bool:
+    return any(p.adapter and p.adapter.a.requires_grad for p in projections)
+
+
+def _first_stacks(projections: Sequence[Projection], x_TD: Tensor) -> tuple[list[Stack], list[Tensor | None]]:
+    """Return the adapters of projections, and what `_stacks` needs to make them again in backward.
+
+    That is a mask of dropout or None for each projection, then x A^T or None for each stack.
+    """
+    masks = [p.adapter.draw_mask(x_TD) if p.adapter else None for p in projections]
+    stacks = project_frozen(x_TD, _stacks(projections, x_TD, masks))
+    return stacks, [*masks, *(stack.low_TS for stack in stacks)]
+
+
+def _stacks(projections: Sequence[Projection], like: Tensor, kept: Sequence[Tensor | None] = ()) -> list[Stack]:
+    """Return the adapters of projections in the dtype of a tensor. kept: from `_first_stacks`, or empty."""
+    count = len(projections)
+    stacks = stack_adapters([p.adapter for p in projections], kept[:count] or [None] * count, like.dtype)
+    lows = kept[count:] or [None] * len(stacks)
+    return [replace(stack, low_TS=low) for stack, low in zip(stacks, lows, strict=True)]
 
 
 def _forward(x_TD: Tensor, projections: Sequence[Projection], stacks: Sequence[Stack]) -> tuple[Tensor, ...]:
@@ -232,22 +256,22 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Return the gradient of x, if wanted, and those of the adapters.
 
-    x_TD: None without adapters. out_TD: takes the gradient of x.
+    x_TD: None if no gradient needs it. out_TD: takes the gradient of x.
     """
-    lows, factors = ([], []) if x_TD is None else _grad_factors(grads, x_TD, projections, stacks)
+    lows, factors = _grad_factors(grads, x_TD, projections, stacks)
     return _grad_input(grads, projections, stacks, lows, out_TD) if wants_x else None, factors
 
 
 def _grad_factors(
-    grads: Sequence[Tensor], x_TD: Tensor, projections: Sequence[Projection], stacks: Sequence[Stack]
+    grads: Sequence[Tensor], x_TD: Tensor | None, projections: Sequence[Projection], stacks: Sequence[Stack]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what `_grad_input` needs of the adapters, and the gradients of A and B of one after the other."""
+    """Return what `_grad_input` needs of the adapters, and the gradients of their trained factors, as `_trained`."""
     lows, found = factor_gradients(grads, x_TD, stacks)
     factors = [
         grad.to(master.dtype)
         for i, p in enumerate(projections)
         if p.adapter
-        for grad, master in zip(found[i], (p.adapter.a, p.adapter.b), strict=True)
+        for grad, master in zip(found[i], p.adapter.trained, strict=True)
     ]
     return lows, factors
 

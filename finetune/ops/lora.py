@@ -4,15 +4,16 @@
 
 A and B are fp32 masters, rounded to x's dtype in every pass. A copy for a whole step would need memory, and could be
 out of date: the optimizers of bitsandbytes change a parameter without raising its version.
+A frozen A has no gradient; backward then needs x A^T, [T, R], in place of x (FFA-LoRA).
 
 Shapes: T tokens, D inputs, O outputs, R rank, S sum of ranks.
-Source: Hu et al. 2021, arXiv:2106.09685.
+Source: Hu et al. 2021, arXiv:2106.09685; Sun et al. 2024, arXiv:2403.12313.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Adapter:
     scale: float
     dropout: float = 0.0
 
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """The factors that get a gradient: A and B, or B alone."""
+        return (self.a, self.b) if self.a.requires_grad else (self.b,)
+
     def draw_mask(self, x_TD: Tensor) -> Tensor | None:
         """Draw a dropout mask like nn.Dropout, so that a seed gives the same mask; None without dropout."""
         return torch.empty_like(x_TD, dtype=torch.bool).bernoulli_(1 - self.dropout) if self.dropout else None
@@ -39,14 +45,17 @@ class Stack:
     """Adapters on one input with one scale, which share the products with A; in the dtype of the products.
 
     a_SD: their A, one below the other. members: index of the layer, its columns of x A^T, its B [O, R].
-    mask: of dropout; then the stack has one adapter.
+    trains_a: whether A has a gradient. mask: of dropout; then the stack has one adapter.
+    low_TS: x A^T, where it is known.
     """
 
     a_SD: Tensor
     members: list[tuple[int, slice, Tensor]]
     scale: float
+    trains_a: bool
     dropout: float = 0.0
     mask: Tensor | None = None
+    low_TS: Tensor | None = None
 
     def input_of(self, x_TD: Tensor) -> Tensor:
         """Return the input of the adapters."""
@@ -60,15 +69,15 @@ def stack_adapters(
 
     adapters, masks: one for each layer, None where it has none.
     """
-    groups: dict[tuple[float, int], dict[int, Adapter]] = {}
+    groups: dict[tuple[float, bool, int], dict[int, Adapter]] = {}
     for i, adapter in enumerate(adapters):
         if adapter:
             alone = not _shares_products(adapter.a.device) or masks[i] is not None  # with dropout the inputs differ
-            groups.setdefault((adapter.scale, i if alone else -1), {})[i] = adapter
+            groups.setdefault((adapter.scale, adapter.a.requires_grad, i if alone else -1), {})[i] = adapter
     stacks: list[Stack] = []
     rounded: list[Tensor] = []
     masters: list[Tensor] = []
-    for (scale, _), group in groups.items():
+    for (scale, trains_a, _), group in groups.items():
         (index, first), *others = group.items()
         if not others and first.a.dtype == first.b.dtype == dtype:
             a_SD, factors_b = first.a, [first.b]
@@ -82,7 +91,7 @@ def stack_adapters(
         for i, b_OR in zip(group, factors_b, strict=True):
             start, end = end, end + b_OR.shape[1]
             members.append((i, slice(start, end), b_OR))
-        stacks.append(Stack(a_SD, members, scale, first.dropout, masks[index]))
+        stacks.append(Stack(a_SD, members, scale, trains_a, first.dropout, masks[index]))
     if masters:
         torch._foreach_copy_(rounded, masters)
     return stacks
@@ -93,33 +102,48 @@ def _shares_products(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def project_frozen(x_TD: Tensor, stacks: Sequence[Stack]) -> list[Stack]:
+    """Compute x A^T of every stack with a frozen A: it is all of x that their backward pass needs."""
+    return [
+        stack if stack.trains_a else replace(stack, low_TS=matmul(stack.input_of(x_TD), stack.a_SD.T))
+        for stack in stacks
+    ]
+
+
 def add_adapters_(outputs: Sequence[Tensor], x_TD: Tensor, stacks: Sequence[Stack]) -> None:
     """Add the adapters' outputs to those of the layers."""
     for stack in stacks:
-        low_TS = matmul(stack.input_of(x_TD), stack.a_SD.T)
+        low_TS = matmul(stack.input_of(x_TD), stack.a_SD.T) if stack.low_TS is None else stack.low_TS
         for i, columns, b_OR in stack.members:
             add_matmul_(outputs[i], low_TS[:, columns], b_OR.T, stack.scale)
 
 
 def factor_gradients(
-    grads: Sequence[Tensor], x_TD: Tensor, stacks: Sequence[Stack]
+    grads: Sequence[Tensor], x_TD: Tensor | None, stacks: Sequence[Stack]
 ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
     """Return what the gradients of inputs and factors need and are.
 
+    x_TD: None if every stack has its `low_TS`.
+
     Returns:
         For each stack the gradient of x A^T, [T, S], times the scale; for each layer with an adapter the gradients of
-        A and B: in fp32, on a CPU in the dtype of the products.
+        its trained factors: in fp32, on a CPU in the dtype of the products.
     """
     lows, found = [], {}
     for stack in stacks:
-        seen_TD = stack.input_of(x_TD)
-        low_TS = matmul(seen_TD, stack.a_SD.T, alpha=stack.scale)
+        if stack.low_TS is None:
+            assert x_TD is not None
+            seen_TD = stack.input_of(x_TD)
+            low_TS = matmul(seen_TD, stack.a_SD.T, alpha=stack.scale)
+        else:
+            seen_TD, low_TS = None, stack.low_TS * stack.scale
         grad_TS = torch.empty_like(low_TS)
         for i, columns, b_OR in stack.members:
             matmul(grads[i], b_OR, out_MN=grad_TS[:, columns], alpha=stack.scale)
-        grad_a_SD = matmul_fp32(grad_TS.T, seen_TD)
+        grad_a_SD = matmul_fp32(grad_TS.T, seen_TD) if stack.trains_a and seen_TD is not None else None
         for i, columns, _ in stack.members:
-            found[i] = [grad_a_SD[columns], matmul_fp32(grads[i].T, low_TS[:, columns])]
+            of_a = [] if grad_a_SD is None else [grad_a_SD[columns]]
+            found[i] = [*of_a, matmul_fp32(grads[i].T, low_TS[:, columns])]
         lows.append(grad_TS)
     return lows, found
 

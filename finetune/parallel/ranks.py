@@ -76,7 +76,7 @@ def describe_ignored_settings(cfg: RunConfig, log: Log) -> None:
 
 
 def copy_from_main(parameters: Iterable[Tensor], accelerator: Accelerator) -> None:
-    """Give every rank the main rank's values of the trained parameters. Frozen weights are equal already."""
+    """Give every rank the main rank's values of parameters that are not sharded: of the adapter, and trained ones."""
     if accelerator.num_processes > 1:
         for parameter in parameters:
             dist.broadcast(parameter.detach(), 0)

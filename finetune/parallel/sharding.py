@@ -1,7 +1,8 @@
 """A frozen base split over ranks by torch's FSDP2: decoder layers, embedding and head are gathered while they compute.
 
-Frozen tensors alone are split. What a run trains stays whole on every rank, so optimizers, clipping, checkpoints and
-saved adapters are those of data parallelism, and a checkpoint continues on any number of ranks.
+Frozen tensors of the base alone are split. The adapter and all that a run trains stay whole on every rank, so
+optimizers, clipping, checkpoints and saved adapters are those of data parallelism, and a checkpoint continues on any
+number of ranks.
 Of 4-bit weights, the codes and the scales of their blocks are split; the scales of those scales (0.25 bytes for 1,024
 weights) stay in the QuantState of bitsandbytes on every rank.
 Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from finetune.models.adapters.names import is_factor
 from finetune.models.decoder import family_in
 from finetune.models.fused import decoder_layers
 from finetune.models.quant.quantize import quantized_layers
@@ -196,13 +198,13 @@ def _bind_scales(layer: nn.Module, _: Any) -> None:
 
 def _shard(module: nn.Module, place: torch.device, options: dict[str, Any]) -> None:
     """Split the frozen tensors of a module; this rank copies its part alone."""
-    trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
-    frozen = {name: tensor for name, tensor in module.named_parameters() if tensor not in trained}
+    kept = {tensor for name, tensor in module.named_parameters() if tensor.requires_grad or is_factor(name)}
+    frozen = {name: tensor for name, tensor in module.named_parameters() if tensor not in kept}
     for name, tensor in frozen.items():
         owner, _, key = name.rpartition(".")
         empty = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
         setattr(module.get_submodule(owner), key, empty)
-    fully_shard(module, ignored_params=trained, **options)
+    fully_shard(module, ignored_params=kept, **options)
     module._apply(lambda tensor: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor)
     parts = dict(module.named_parameters())
     for name, tensor in frozen.items():

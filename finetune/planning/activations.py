@@ -176,8 +176,8 @@ def _plan_on_gpu(inputs: PlanInputs, micro_batch: int, kept: tuple[float, ...]) 
     compiled, rows = elementwise_kernels(inputs) != "plain torch", gpu_layers.tile_rows(inputs, tokens)
     tiled = rows is not None and gpu_layers.tiles_last_layer(inputs)
     work = partial(gpu_layers.layer_work, inputs, tokens, compiled=compiled)
-    # A tiled MLP keeps its input in place of gate and up, like one whose gate or up has an adapter.
-    adapted = any({"gate_proj", "up_proj"} & names for names in inputs.adapted)
+    # A tiled MLP keeps its input in place of gate and up, like one whose gate or up trains A.
+    adapted = not inputs.lora.freeze_a and any({"gate_proj", "up_proj"} & names for names in inputs.adapted)
     saved = 2 * tokens * inputs.shape["intermediate_size"] * inputs.value_bytes - (0 if adapted else hidden)
     # The first norm of a recomputed layer keeps the layer's input, which is counted already.
     again = max(kept, default=0.0) - (saved if rows is not None else 0.0) - hidden
@@ -343,13 +343,15 @@ def kept_bytes(inputs: PlanInputs, adapted: frozenset[str], int8: frozenset[str]
             # gate, silu(gate) and up; per adapter an fp32 copy of its input and the product with A; on a CPU dropout
             # keeps its factors in fp32.
             terms["mlp"] += 3 * inner * width if group is _MLP else 0
-            terms["adapters"] += sum(4 * (size + lora.rank) for size in sizes)
+            terms["adapters"] += sum(4 * ((0 if lora.freeze_a else size) + lora.rank) for size in sizes)
             terms["dropout"] += sum(sizes) * (1 if inputs.on_gpu else 4) if lora.dropout else 0
         else:
-            # gate and up, from which down_proj's input is recomputed; one copy of a shared input; a mask.
+            # gate and up, from which down_proj's input is recomputed; one copy of a shared input, or each product with
+            # a frozen A; a mask.
             terms["mlp"] += 2 * inner * width if group is _MLP else 0
             copied = mine - ({"down_proj", "o_proj"} if keeps_output else {"down_proj"})
-            terms["adapters"] += width * max((linears[name][1] for name in copied), default=0)
+            shared = max((linears[name][1] for name in copied), default=0)
+            terms["adapters"] += width * (lora.rank * len(mine) if lora.freeze_a else shared)
             terms["dropout"] += sum(sizes) if lora.dropout else 0
     return terms
 

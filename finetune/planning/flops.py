@@ -75,7 +75,9 @@ def step_work(inputs: PlanInputs, micro_batch: int, recomputed: int) -> StepWork
                 dequantized[name] += weights * passes * runs
             if adapted:
                 rank = rank_of(inputs.family.linear_path(layer, name), inputs.lora)
-                adapters += 2.0 * rank * sum(linears[name]) * tokens * (forward + 2)
+                out, size = linears[name]
+                backward = 2 * out + (1 if inputs.lora.freeze_a else 2) * size
+                adapters += 2.0 * rank * tokens * ((out + size) * forward + backward)
     targets = sequences * sequence.targets
     products["head"] = 4.0 * (shape["vocab_size"] * shape["hidden_size"]) * targets
     forward_passes, backward_passes = layers + recomputed, layers - first

@@ -80,7 +80,7 @@ def plan_memory(
         "embedding and head (tied)" if tied else "embedding": table_bytes,
         "head": 0 if tied else table_bytes,
         "norms and biases": vectors * width,
-        "adapter": trained * 4,  # fp32, as the gradients
+        "adapter": trained_parameters(shape, lora, with_frozen=True) * 4,  # fp32, as the gradients
         "gradients": trained * 4,
         "optimizer": trained * _MOMENTS[optimizer],
     }
@@ -179,28 +179,37 @@ def _sharded_bytes(precision: str, quant: QuantConfig) -> float:
     return bytes_per_weight(precision, quant) - second_level
 
 
-def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig) -> int:
-    """Values that training moves: factors, DoRA's magnitudes, modules trained in full, rows of new tokens."""
+def trained_parameters(shape: Mapping[str, Any], lora: LoraConfig, *, with_frozen: bool = False) -> int:
+    """Values that training moves: factors, DoRA's magnitudes, modules trained in full, rows of new tokens.
+
+    with_frozen: count A where `lora.freeze_a` freezes it.
+    """
     linears, family, total = linear_shapes(shape), FAMILIES[shape["model_type"]], 0
     for layer in range(shape["num_hidden_layers"]):
         for name in adapted_linears(family, layer, lora):
-            out, inputs = linears[name]
-            total += rank_of(family.linear_path(layer, name), lora) * (out + inputs) + (out if lora.dora else 0)
-    total += sum(trained_in_tower(tower, lora) for tower in tower_shapes(shape).values())
+            rank = rank_of(family.linear_path(layer, name), lora)
+            total += _factor_values(linears[name], rank, lora, with_frozen)
+    total += sum(trained_in_tower(tower, lora, with_frozen=with_frozen) for tower in tower_shapes(shape).values())
     tables = 1 if shape.get("tie_word_embeddings") else 2
     total += len(lora.new_tokens) * shape["hidden_size"] * tables
     saved = lora.modules_to_save
     return total + sum(size for path, size in _modules(shape) if any(ends_with(path, wanted) for wanted in saved))
 
 
-def trained_in_tower(tower: TowerShape, lora: LoraConfig) -> int:
+def _factor_values(size: tuple[int, int], rank: int, lora: LoraConfig, with_frozen: bool) -> int:
+    """Count the trained values of an adapter on a linear with (out, in) features."""
+    out, inputs = size
+    return rank * (out if lora.freeze_a and not with_frozen else out + inputs) + (out if lora.dora else 0)
+
+
+def trained_in_tower(tower: TowerShape, lora: LoraConfig, *, with_frozen: bool = False) -> int:
     """Return the values of a tower's adapter; 0 if `lora.towers` does not name the tower."""
     if tower.name not in lora.towers:
         return 0
     total = 0
     for layer in range(tower.layers):
-        for name, (out, inputs) in tower.linears.items():
-            total += rank_of(f"{tower.blocks}.{layer}.{name}", lora) * (out + inputs) + (out if lora.dora else 0)
+        for name, size in tower.linears.items():
+            total += _factor_values(size, rank_of(f"{tower.blocks}.{layer}.{name}", lora), lora, with_frozen)
     return total
 
 

@@ -86,15 +86,15 @@ def _forward_bytes(inputs: PlanInputs, tower: TowerShape) -> float:
 def kept_per_unit(inputs: PlanInputs, tower: TowerShape) -> float:
     """Return the bytes per unit that a tower with adapters keeps for backward, as PEFT's modules do.
 
-    Each adapted linear keeps its input in fp32; in an fp32 model, linears share it.
+    Each adapted linear keeps its input in fp32, unless A is frozen; in an fp32 model, linears share it.
     """
     width, inner, w, lora = tower.width, tower.inner, inputs.value_bytes, inputs.lora
     vision = tower.name == "vision"
     of_width = len(tower.linears) - 1  # all but the second one of the MLP
-    inputs_kept = 4 * width * (of_width if w < 4 else 2) + 4 * inner
+    inputs_kept = 0.0 if lora.freeze_a else 4 * width * (of_width if w < 4 else 2) + 4 * inner
     if lora.dropout:  # masks, and in an fp32 model copies that are not shared
         mask = 1 if inputs.on_gpu else 4
-        inputs_kept = (4 + mask) * (width * of_width + inner)
+        inputs_kept = ((0 if lora.freeze_a else 4) + mask) * (width * of_width + inner)
     norms = (8 if vision else 2 * w) * width
     # One product for queries, keys and values is kept whole beside the rotated ones.
     attention = (6 if "attn.qkv" in tower.linears else 4) * w * width

@@ -8,6 +8,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,8 +76,7 @@ def assemble(
     # Before the adapter is attached: student and teacher use one copy of equal tensors.
     parts = {"chat": chat, "data": data, "vocabulary": vocabulary, "accelerator": accelerator, "share": share}
     distillation = build_distillation(cfg, base=base, log=log, **parts)
-    # A second tokenizer, because attach_lora adds the new tokens itself.
-    model = attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
+    model = _attach(base, cfg)
     _fuse(model, cfg, detail)
     _share(base, share, inputs, log)
     model.train()
@@ -112,6 +112,13 @@ def _preparation(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, accelerator
 
 def _load(cfg: RunConfig, inputs: PlanInputs, accelerator: Accelerator, log: Log) -> PreTrainedModel:
     return load_base(inputs.model, cfg.quant, accelerator.device, log, mapped=inputs.shard_ranks > 1)
+
+
+def _attach(base: PreTrainedModel, cfg: RunConfig) -> PeftModel:
+    """Attach the adapter. Its random start depends on nothing that was loaded before: federated parties share it."""
+    torch.manual_seed(cfg.train.seed)
+    # A second tokenizer, because attach_lora adds the new tokens itself.
+    return attach_lora(base, cfg.lora, load_tokenizer(cfg.model) if cfg.lora.new_tokens else None)
 
 
 def _fuse(model: PeftModel, cfg: RunConfig, detail: Log) -> None:

@@ -18,7 +18,7 @@ from finetune.config.schema import RunConfig, SourceConfig
 from finetune.data.sources.memory import write_rows
 from finetune.evaluation.generation import Answer, exact_match
 from finetune.evaluation.probe import measure, text_rows, write_probe
-from finetune.models.adapters.files import check_adapter, save_adapter
+from finetune.models.adapters.files import check_adapter, fetch_adapter, load_weights, save_adapter
 from finetune.models.embedding import move_embedding_to_host
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
 from finetune.models.load import check_loaded
@@ -257,6 +257,8 @@ def _first_state(context: RunContext, optimizer: torch.optim.Optimizer, checkpoi
     """Load the checkpoint, or evaluate the untrained model."""
     if checkpoint is not None:
         state = read_state(checkpoint)
+        if context.cfg.lora.freeze_a:  # the training state holds trained parameters only
+            load_weights(context.model, fetch_adapter(str(checkpoint), "train.resume"))
         load_training(checkpoint, optimizer)
         context.log(f"continuing from {checkpoint}")
     else:

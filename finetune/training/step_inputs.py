@@ -10,6 +10,7 @@ from finetune.losses.cross_entropy import CrossEntropy
 from finetune.losses.distillation import Distillation, DistillLossWeights
 from finetune.losses.hidden_states import base_of
 from finetune.models.adapters.folder import list_checkpoints
+from finetune.models.adapters.names import is_factor
 from finetune.objectives.preference import PreferenceLoss, PreferenceSetup
 from finetune.objectives.reinforcement import PolicyLoss
 from finetune.ops import dispatch, matmul
@@ -46,7 +47,8 @@ def build_step_inputs(context: RunContext, optimizer: torch.optim.Optimizer, sta
             sampler = distillation.build_sampler(sampler, context.model, chat, accelerator, context.log)
     else:  # no teacher, or one that is only measured against
         loss = CrossEntropy(context.model, cfg.train.neftune_alpha)
-    copy_from_main((each for each in context.model.parameters() if each.requires_grad), accelerator)
+    named = context.model.named_parameters()
+    copy_from_main((each for name, each in named if each.requires_grad or is_factor(name)), accelerator)
     # Noise is drawn per token of each document, so documents cannot share computed prefixes under it.
     noisy = bool(cfg.lora.dropout or cfg.train.neftune_alpha)
     return StepInputs(

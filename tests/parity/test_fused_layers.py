@@ -19,6 +19,7 @@ from finetune.evaluation.generation import decode
 from finetune.losses.cross_entropy import CrossEntropy, score
 from finetune.models.adapters.attach import attach_lora
 from finetune.models.adapters.files import check_adapter, save_adapter
+from finetune.models.adapters.inits import freeze_a
 from finetune.models.fused import FusedDecoderLayer, FusedLayers, fuse_layers
 from finetune.models.load import load_base
 from finetune.ops import linear
@@ -98,6 +99,37 @@ def test_loss_and_gradients_equal_those_of_peft(kind: str, recompute: bool, kern
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     # fp32 sums over a few hundred tokens in another order.
     check_close(gradients, expected_gradients, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["q and v", "all linears", "down alone", "up and o", "dropout", "patterns"])
+@pytest.mark.parametrize("tile_rows", [None, 16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_a_frozen_a_b_has_the_gradients_of_peft(kind: str, tile_rows: int | None, recompute: bool):
+    batch, found = build_batch(documents(LENGTHS)), []
+    for fused in (False, True):
+        model = adapted(kind).double()
+        freeze_a(model)
+        if fused:
+            fuse_layers(model)
+        for layer in (m for m in model.modules() if isinstance(m, FusedDecoderLayer)):
+            layer.mlp_tile_rows = tile_rows
+            if recompute:
+                layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, checkpointed
+        found.append(step(model, batch))
+    (expected, wanted), (loss, gradients) = found
+    assert gradients and not [name for name in gradients if "lora_B" not in name]
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-6)
+    check_close(gradients, wanted, 2e-6)  # both compute attention in fp32
+
+
+def test_switching_the_adapter_off_and_on_keeps_a_frozen():
+    model = adapted("q and v")
+    freeze_a(model)
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with model.disable_adapter():
+        pass
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
+    assert before and all("lora_B" in name for name in before)
 
 
 def checkpointed(function, *inputs):

@@ -30,6 +30,7 @@ LAYERS = [
     "planning",
     "evaluation",
     "export",
+    "federation",
     "serving",
     "report",
     "mixed_precision",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.config.schema import LoraConfig
 from finetune.models.adapters.files import fetch_adapter, load_weights
-from finetune.models.adapters.inits import ADAPTER, INITS, initial_factors, initialize, measure_magnitudes
+from finetune.models.adapters.inits import ADAPTER, INITS, freeze_a, initial_factors, initialize, measure_magnitudes
 from finetune.models.adapters.targets import Targets, plan_targets
 from finetune.models.decoder import family_in
 from finetune.models.hub import WEIGHT_FILES, fetch, named_in_model, weight_files
@@ -69,6 +69,8 @@ def attach_lora(model: PreTrainedModel, cfg: LoraConfig, tokenizer: PreTrainedTo
         measure_magnitudes(peft_model)
     if start is not None:
         load_weights(peft_model, start)
+    if cfg.freeze_a:
+        freeze_a(peft_model)
     return peft_model
 
 

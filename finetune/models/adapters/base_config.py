@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.config.compose import load_config, saved_config
 from finetune.config.overrides import quoted
 from finetune.config.schema import RunConfig
-from finetune.models.adapters.folder import CONFIG_FILE, read_adapter_config
+from finetune.models.adapters.folder import CONFIG_FILE, ROUND_FILE, read_adapter_config
 from finetune.system.errors import ConfigError, InputError
 from finetune.system.manifest import check_files
 from finetune.system.resources import packaged
@@ -59,8 +59,12 @@ def _refuse_run(model: str) -> None:
 
 
 def recorded_fingerprint(adapter: Path) -> str | None:
-    """Return the fingerprint of the base in the run.json of an adapter's run or of a checkpoint's; None if unknown."""
-    run = next((place / "run.json" for place in (adapter, adapter.parent) if (place / "run.json").is_file()), None)
+    """Return the fingerprint of the base of an adapter; None if unknown.
+
+    It is in the record of a federated round, or in the run.json of the run or of the checkpoint's run.
+    """
+    places = (adapter / ROUND_FILE, adapter / "run.json", adapter.parent / "run.json")
+    run = next((place for place in places if place.is_file()), None)
     if run is None:
         return None
     check_files(run.parent, [run.name])

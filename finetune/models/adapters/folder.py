@@ -15,6 +15,8 @@ from finetune.system.manifest import check_files
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+# What an adapter of a federated round is made of; the base in it has the form of run.json's.
+ROUND_FILE = "federation.json"
 _LARGEST = 2**31
 _Rank = Annotated[int, Field(ge=1, le=_LARGEST)]
 _Alpha = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]

@@ -102,6 +102,17 @@ def initialize(model: PeftModel, init: str, original: Callable[[str], Tensor]) -
         }
 
 
+def freeze_a(model: PeftModel) -> None:
+    """Freeze A of every adapter, so that B alone is trained.
+
+    PEFT makes every factor trainable again when it switches an adapter on, except those that it knows as frozen.
+    Source: FFA-LoRA, Sun et al. 2024, arXiv:2403.12313.
+    """
+    for _, layer in lora_layers(model):
+        layer.frozen_peft_weight_names = {ADAPTER: ("lora_A",)}
+        _weight(layer.lora_A).requires_grad_(False)
+
+
 def initial_factors(model: PeftModel) -> dict[str, Tensor]:
     """Return the initial factors of a PiSSA or OLoRA adapter by parameter name; empty for other inits."""
     return vars(model).get("initial_factors", {})

@@ -19,6 +19,11 @@ _NAMED = re.compile(
 _WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")
 
 
+def is_factor(name: str) -> bool:
+    """Return whether a tensor is A or B of an adapter, trained or frozen."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 def as_peft_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter under the names of a PEFT file; those of PEFT stay as they are.
 

@@ -53,7 +53,13 @@ def check(outputs, expected, leaves: list[torch.Tensor], dtype: torch.dtype) -> 
 
 
 def leaves_of(x: torch.Tensor, *projections: Projection) -> list[torch.Tensor]:
-    return [x, *(factor for p in projections if p.adapter for factor in (p.adapter.a, p.adapter.b))]
+    return [x, *(factor for p in projections if p.adapter for factor in p.adapter.trained)]
+
+
+def freeze(*projections: Projection) -> None:
+    for p in projections:
+        if p.adapter:
+            p.adapter.a.requires_grad_(False)
 
 
 @pytest.fixture
@@ -132,6 +138,42 @@ def test_the_input_is_saved_once_and_only_with_an_adapter():
         with hooks:
             project(x, layers)
         assert [t.shape for t in kept] == [x.shape] * expected
+    freeze(*layers)
+    kept.clear()
+    with hooks:
+        project(x, layers)
+    assert [tuple(t.shape) for t in kept] == [(6, 4), (6, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [(4, None, 1), (1, 2, 3)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("number", [1, 3])
+def test_projections_with_some_frozen_a_equal_float64(dtype, ranks, shared, number, monkeypatch):
+    monkeypatch.setattr(lora, "_shares_products", lambda device: shared)
+    torch.manual_seed(0)
+    x = torch.randn(19, 48).to(dtype).requires_grad_()
+    layers = [projection(outputs, 48, rank, dtype) for outputs, rank in zip((40, 8, 24), ranks, strict=True)]
+    freeze(*layers[:number])
+    check(project(x, layers), [reference(x.double(), p) for p in layers], leaves_of(x, *layers), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [(2, None, None), (None, 3, None), (None, None, 4), (1, 2, 1)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tile_rows", [None, 16])
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_gated_mlp_with_some_frozen_a_equals_float64(dtype, ranks, shared, tile_rows, number, monkeypatch):
+    monkeypatch.setattr(lora, "_shares_products", lambda device: shared)
+    monkeypatch.setattr(linear, "MLP_TILES", 1000)
+    torch.manual_seed(0)
+    x = torch.randn(5, 9, 32).to(dtype).requires_grad_()
+    layers = [projection(o, i, r, dtype) for (o, i), r in zip(((80, 32), (80, 32), (32, 80)), ranks, strict=True)]
+    freeze(*layers[-number:])
+    gate, up, down = layers
+    wide = x.double()
+    expected = reference(F.silu(reference(wide, gate)) * reference(wide, up), down)
+    check([swiglu_mlp(x, *layers, tile_rows)], [expected], leaves_of(x, *layers), dtype)
 
 
 def test_an_input_without_gradient_costs_no_matmul_with_the_frozen_weight():
@@ -145,10 +187,13 @@ def test_an_input_without_gradient_costs_no_matmul_with_the_frozen_weight():
     assert y.grad_fn is not None and not x.requires_grad
 
 
-def test_dropout_equals_that_of_torch():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dropout_equals_that_of_torch(frozen):
     p = 0.4
     layer = projection(16, 48, 2, torch.float64)
     assert layer.adapter is not None
+    if frozen:
+        freeze(layer)
     dropped = Projection(layer.weight, None, None, Adapter(layer.adapter.a, layer.adapter.b, 1.5, p))
     x = torch.randn(30, 48, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(5)

@@ -18,6 +18,7 @@ from finetune.data.batch import Batch, build_batch
 from finetune.data.documents import Document
 from finetune.data.encoded import IGNORE_INDEX
 from finetune.losses.hidden_states import target_states
+from finetune.models.adapters.inits import freeze_a
 from finetune.models.families import QWEN25_SHAPES
 from finetune.models.fused import fuse_layers
 from finetune.models.gradient_checkpointing import apply_gradient_checkpointing
@@ -68,6 +69,8 @@ def model_of(cfg: RunConfig) -> nn.Module:
             use_dora=cfg.lora.dora,
         ),
     )
+    if cfg.lora.freeze_a:
+        freeze_a(model)  # type: ignore[arg-type]
     if cfg.train.kernels == "fused":
         fuse_layers(model)
     return model.train()
@@ -116,6 +119,9 @@ ALL = "lora.target_modules=all-linear"
         ("lora.target_modules=[o_proj,down_proj]",),
         ("lora.dora=true",),
         (ALL, "lora.dora=true"),
+        ("lora.freeze_a=true",),
+        (ALL, "lora.freeze_a=true"),
+        (ALL, "lora.freeze_a=true", "lora.dropout=0.1", "lora.rank=16"),
     ],
     ids=lambda overrides: " ".join(overrides) or "q,v",
 )
