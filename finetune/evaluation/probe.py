@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import islice
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.data.batch import build_batch, groups_of
 from finetune.data.documents import Document
@@ -43,6 +43,7 @@ TOP = 20  # vLLM reports at most 20 by default
 _ROW_TOKENS = 512
 _ROW_TARGETS = 64
 _ROW_SCORED = 96
+_ROWS_AT_ONCE = 16
 _MOST_DOCUMENTS = 1000  # read in search of rows without media
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 # Sums of rounded probabilities may reach 1: the rest keeps this much.
@@ -130,15 +131,21 @@ def measure(model: nn.Module, rows: Sequence[Row], top: int = TOP) -> list[list[
         for group in groups_of(map(_document, rows), EVALUATION_TOKENS):
             targets = target_states(model, build_batch(group))
             for logits_NV, part in chunked_logits(targets.hidden_ND, head_of(model), vocabulary_rows(model)):
-                log_probs_NV = logits_NV.float().log_softmax(-1)
-                best_NK = log_probs_NV.topk(min(top, log_probs_NV.shape[-1]))
-                own_N = log_probs_NV.gather(1, targets.labels_N[part, None])[:, 0]
-                columns = (tensor.tolist() for tensor in (own_N, best_NK.indices, best_NK.values))
-                found += [
-                    Scored(own, dict(zip(ids, values, strict=True))) for own, ids, values in zip(*columns, strict=True)
-                ]
+                labels_N = targets.labels_N[part]
+                # A few rows at a time: all in fp32 would take more memory than a training step.
+                for rows_NV, own_N in zip(logits_NV.split(_ROWS_AT_ONCE), labels_N.split(_ROWS_AT_ONCE), strict=True):
+                    found += _scored(rows_NV, own_N, top)
     scores = iter(found)
     return [list(islice(scores, row.scored)) for row in rows]
+
+
+def _scored(logits_NV: Tensor, own_N: Tensor, top: int) -> Iterator[Scored]:
+    log_probs_NV = logits_NV.float().log_softmax(-1)
+    best_NK = log_probs_NV.topk(min(top, log_probs_NV.shape[-1]))
+    own = log_probs_NV.gather(1, own_N[:, None])[:, 0]
+    columns = (tensor.tolist() for tensor in (own, best_NK.indices, best_NK.values))
+    for value, ids, values in zip(*columns, strict=True):
+        yield Scored(value, dict(zip(ids, values, strict=True)))
 
 
 def _document(row: Row) -> Document:

@@ -22,6 +22,9 @@ PCIE_BYTES = 32e9
 _ASSUMED_SHARE, _ASSUMED_NETWORK = 0.7, 100e9 / 8
 # Bytes per second between two processes of an idle machine by gloo: an assumption.
 _ASSUMED_GLOO = 1e9
+# Two ranks of gloo send and receive by one connection, and use this share of a link that carries its full rate in both
+# directions at once. Rings of more ranks have a connection for each direction (python -m benchmarks.gathers).
+_GLOO_PAIR_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class Link:
 
     inside: from a rank to the next one in its node. between: from a node to the next one.
     host: from main memory to the device. source: of these speeds, as text.
-    overlaps: whether a layer computes while the next one is gathered. With gloo on a CPU, nothing overlaps.
+    overlaps: whether a layer computes while the next one is gathered. With gloo on a CPU, nothing overlaps, and two
+        ranks do not send and receive at once.
     """
 
     inside: float
@@ -148,12 +152,14 @@ def waiting_seconds(inputs: PlanInputs, memory: PeakMemory, layer_seconds: float
     waits: dict[str, float] = {}
     if traffic.trained:
         slowest = min(link.inside, link.between) if inputs.nodes > 1 else link.inside
-        waits["exchanging gradients"] = 2 * _share(inputs.ranks) * traffic.trained / slowest
+        used = _used(inputs.ranks, link)
+        waits["exchanging gradients"] = 2 * _share(inputs.ranks) * traffic.trained / (slowest * used)
     if inputs.shard_ranks == 1:
         return waits
     # Gathers of hybrid sharding stay in a node.
     outside = inputs.shard_ranks > inputs.ranks // inputs.nodes
-    per_byte = _share(inputs.shard_ranks) / (min(link.inside, link.between) if outside else link.inside)
+    speed = min(link.inside, link.between) if outside else link.inside
+    per_byte = _share(inputs.shard_ranks) / (speed * _used(inputs.shard_ranks, link))
     if inputs.base_on_host:
         per_byte += 1 / inputs.shard_ranks / link.host
     reached = len(traffic.backward)
@@ -176,3 +182,8 @@ def _waits(gathers: Sequence[float], computes: Sequence[float], overlaps: bool) 
 
 def _share(ranks: int) -> float:
     return (ranks - 1) / ranks
+
+
+def _used(ranks: int, link: Link) -> float:
+    """Return the share of a link's speed that a ring reaches."""
+    return 1.0 if link.overlaps or ranks > 2 else _GLOO_PAIR_SHARE

@@ -85,6 +85,14 @@ def test_without_overlap_every_gather_is_waited_for():
     assert found["gathering weights"] == pytest.approx((sent["layers"] + sent["embedding and head"]) / SLOW)
 
 
+def test_two_ranks_of_gloo_do_not_send_and_receive_at_once():
+    pair, four = run(ranks=2, nodes=2, kind="cpu"), run(ranks=4, nodes=2, kind="cpu")
+    for inputs, share in ((pair, 0.6), (four, 1.0)):
+        found, sent = waits(inputs, 1.0, overlaps=False), sent_bytes(inputs, 1)
+        assert found["exchanging gradients"] == pytest.approx(sent["gradients"] / (share * SLOW))
+    assert waits(pair, 1.0)["exchanging gradients"] == pytest.approx(sent_bytes(pair, 1)["gradients"] / SLOW)
+
+
 def test_with_overlap_a_layer_hides_the_gather_of_the_next_one():
     inputs, gather, tables = shared(), LAYER * 7 / 8 / SLOW, 2 * TABLE * 7 / 8 / SLOW
     hidden = waits(inputs, 2 * gather)["gathering weights"]
