@@ -30,6 +30,8 @@ CARDS = {
     "14b-16gb": "gpu=t4",
     "32b-24gb": "gpu=4090",
     "72b-48gb": "gpu=a6000",
+    "32b-2x24gb": "gpu=4090 gpus=2",
+    "72b-4x24gb": "gpu=4090 gpus=4",
     "classify": "gpu=t4",
     "extract-json": "gpu=t4",
     "long-documents": "gpu=4090",
@@ -53,17 +55,17 @@ TRAININGS = {
 
 def predicted(name: str) -> dict[str, Any]:
     """Return what `finetune plan` predicts for the recipe on its card."""
-    words = [f"config=recipes/{name}", CARDS[name]]
+    words = [f"config=recipes/{name}", *CARDS[name].split()]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = main(["plan", *words, "--json"])
     if code:
         raise SystemExit(f"{name}: does not fit {CARDS[name]}")
     plan = json.loads(out.getvalue())
-    named = CARDS[name].startswith("gpu=")
+    named, several = CARDS[name].startswith("gpu="), f"{plan['ranks']} x " if plan["ranks"] > 1 else ""
     return {
         "command": " ".join(["finetune plan", *words]),
-        "card": f"{plan['free_bytes'] / 1e9:.0f} GB" + f" ({plan['device'].split()[0]})" * named,
+        "card": f"{several}{plan['free_bytes'] / 1e9:.0f} GB" + f" ({plan['device'].split()[0]})" * named,
         "peak_bytes": round(plan["peak_bytes"]),
         "tokens_per_second": int(float(f"{plan['tokens_per_second']:.2g}")) if named else None,
     }
