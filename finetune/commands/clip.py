@@ -2,11 +2,12 @@
 
 Writes the adapter that a party of federated learning sends: the start of the round plus its update, scaled down to
 max_norm, and with noise if noise= is given. The folder holds no rows or figures of the party's run.
+With noise and delta=, prints epsilon of the rounds= updates that the party sends: client-level differential privacy.
 
 Examples
   finetune clip adapter=outputs/party out=sent
   finetune clip adapter=outputs/party start=round-1 out=sent max_norm=0.5
-  finetune clip adapter=outputs/party start=round-1 out=sent max_norm=0.5 noise=1
+  finetune clip adapter=outputs/party start=round-1 out=sent max_norm=0.5 noise=5 rounds=10 delta=1e-5
 """
 
 from __future__ import annotations

@@ -196,6 +196,10 @@ class ClipOptions(Section):
     seed: Seed | None = Field(
         None, description="Seed of the noise, for tests: who knows it can remove the noise. null: drawn by the system."
     )
+    rounds: Count = Field(1, description="Updates with this noise that the party sends in all, for epsilon.")
+    delta: Fraction | None = Field(
+        None, description="Probability with which the printed epsilon may fail; null: no epsilon is computed."
+    )
 
 
 class AggregateOptions(Section):

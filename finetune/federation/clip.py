@@ -19,6 +19,7 @@ from finetune.config.command_options import ClipOptions
 from finetune.config.compose import saved_config
 from finetune.export.staging import staged
 from finetune.federation.adapters import BASE_COPY, base_record, differences_of, require_zero_start, write_adapter
+from finetune.federation.privacy import epsilon
 from finetune.models.adapters.files import SavedAdapter, fetch_adapter
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError
@@ -40,9 +41,10 @@ def clip(options: ClipOptions, log: Log) -> None:
     """Write the start of a round plus a party's clipped and noisy update as an adapter folder.
 
     Raises:
-        ConfigError: an adapter is missing, is of another kind than the start, or `out` exists.
+        ConfigError: an adapter is missing, is of another kind than the start, or `out` exists; or delta has no noise.
         IntegrityError: an adapter is corrupt.
     """
+    privacy = _privacy(options)
     adapter = fetch_adapter(options.adapter, "adapter")
     start = None if options.start is None else fetch_adapter(options.start, "start")
     _check_start(adapter, start)
@@ -66,6 +68,21 @@ def clip(options: ClipOptions, log: Log) -> None:
         f"noise={options.noise * options.max_norm:g} per value, norm_after={clipped.norm_after:.6g}, "
         f"tensors={len(names)}, values={record['trained_values']:,}"
     )
+    if privacy is not None:
+        log(
+            f"privacy: epsilon={privacy:.4g}, delta={options.delta:g}, updates={options.rounds}, unit=all rows of the "
+            "party (no DP-SGD)"
+        )
+
+
+def _privacy(options: ClipOptions) -> float | None:
+    """Return epsilon, or None if it is not wanted. Raises: ConfigError if there is none."""
+    if options.delta is None:
+        return None
+    if not options.noise or options.seed is not None:
+        found = "noise=0" if not options.noise else f"seed={options.seed}, and known noise can be removed"
+        raise ConfigError(f"delta: there is no epsilon, found {found}\nhelp: set noise=5 and no seed, or remove delta")
+    return epsilon(options.noise, options.rounds, options.delta)
 
 
 def clip_update(
