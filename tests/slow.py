@@ -21,6 +21,7 @@ SLOW: dict[str, str] = {
         "tests/cuda_trace/test_roofline.py::test_operations_and_bytes"
     ),
     "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
+    "tests/equivalence/test_federation.py": "tests/unit/federation/test_aggregate.py",
     "tests/equivalence/test_traffic.py": (
         "tests/unit/planning/test_communication.py::test_a_step_gathers_each_layer_twice_a_pass_and_both_tables_once"
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from finetune.system.manifest import record_files
 
 BASE_COPY = ".base_layer."  # in the name of a tensor that PEFT saves with an adapted head, and that is not trained
 _A = ".lora_A.weight"
-_SHOWN = 3
+_SHOWN, _LONGEST = 3, 120
 
 
 def scalings_of(adapter: SavedAdapter) -> dict[str, float]:
@@ -36,7 +36,7 @@ def differences_of(adapter: SavedAdapter, other: SavedAdapter) -> list[str]:
     """Return how the kind of an adapter differs from that of another; equal kinds can be averaged and subtracted."""
     there = f"{other.name} has"
     problems = [
-        f"{key}: found {found}, {there} {wanted}"
+        f"{key}: found {str(found)[:_LONGEST]}, {there} {str(wanted)[:_LONGEST]}"
         for key, found, wanted in (
             *(
                 (key, adapter.config.get(key), other.config.get(key))
@@ -61,7 +61,7 @@ def require_zero_start(adapter: SavedAdapter) -> None:
     more = [name for name in adapter.tensors if not is_factor(name) and BASE_COPY not in name]
     if more:
         raise ConfigError(
-            f"start: is missing; {_listed(more)} did not start from zero\n"
+            f"start: is missing; {listed(more)} did not start from zero\n"
             "help: share one adapter before the first round: lora.init_adapter=START at every party, and start=START"
         )
 
@@ -118,19 +118,19 @@ def _other_base(adapter: SavedAdapter, other: SavedAdapter) -> Iterator[str]:
     prints = [recorded_fingerprint(each.folder) for each in (adapter, other)]
     if None not in prints:
         if prints[0] != prints[1]:
-            yield f"base: {names[0]} has other weights than that of {other.name}"
+            yield f"base: {names[0][:_LONGEST]} has other weights than that of {other.name}"
     elif Path(names[0]).name.lower() != Path(names[1]).name.lower():
-        yield f"base: found {names[0]}, {other.name} has {names[1]}"
+        yield f"base: found {names[0][:_LONGEST]}, {other.name} has {names[1][:_LONGEST]}"
 
 
 def _other_tensors(here: Mapping[str, Tensor], there: Mapping[str, Tensor], owner: str) -> Iterator[str]:
     if missing := [name for name in there if name not in here]:
-        yield f"tensors: {_listed(missing)} missing"
+        yield f"tensors: {listed(missing)} missing"
     if more := [name for name in here if name not in there]:
-        yield f"tensors: {_listed(more)} more than {owner}"
+        yield f"tensors: {listed(more)} more than {owner}"
     for name in here.keys() & there.keys():
         if here[name].shape != there[name].shape:
-            yield f"tensors: {name} has shape {list(here[name].shape)}, {owner} {list(there[name].shape)}"
+            yield f"tensors: {name[:_LONGEST]} has shape {list(here[name].shape)}, {owner} {list(there[name].shape)}"
             return
         if BASE_COPY in name and not torch.equal(here[name], there[name]):
             yield f"tensors: {name}, a copy of the base's, differs"
@@ -146,6 +146,7 @@ def _other_texts(adapter: SavedAdapter, other: SavedAdapter) -> Iterator[str]:
             yield f"{name}: differs from that of {other.name}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first names of a list and the number of the others; names in a party's files can be of any length."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(name[:_LONGEST] for name in names[:_SHOWN]) + more

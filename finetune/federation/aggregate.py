@@ -16,6 +16,7 @@ from finetune.export.staging import staged
 from finetune.federation.adapters import (
     base_record,
     differences_of,
+    listed,
     require_zero_start,
     scalings_of,
     write_adapter,
@@ -24,6 +25,7 @@ from finetune.federation.average import FactorError, Tensors, factor_error, mean
 from finetune.federation.clip import rounding_norm, trained_names, update_norm
 from finetune.models.adapters.files import SavedAdapter, fetch_adapter, other_base, other_updates
 from finetune.models.adapters.folder import TENSOR_FILE
+from finetune.models.adapters.names import is_factor
 from finetune.system.console import Log
 from finetune.system.errors import ConfigError, FinetuneError
 from finetune.system.manifest import sha256_of
@@ -34,11 +36,15 @@ _LEAVE_OUT = "help: on_bad_party=leave_out goes on without them"
 
 @dataclass(frozen=True)
 class Party:
-    """A party's adapter. digest: of its tensors' file, by which parties are ordered. norm: of its update."""
+    """A party's adapter.
+
+    digest: SHA-256 of its tensors' file, by which parties are ordered. base: from `base_record`. norm: of its update.
+    """
 
     adapter: SavedAdapter
     weight: float
     digest: str
+    base: Mapping[str, Any]
     norm: float | None = None
 
     @property
@@ -76,9 +82,9 @@ def aggregate(options: AggregateOptions, log: Log) -> None:
     parties = _read(options)
     _drop_bad(parties, start, options)
     if parties.bad and (options.on_bad_party == "error" or not parties.left):
-        listed = [f"  {name}: {text}" for name, text in parties.bad.items()]
+        faults = [f"  {name}: {text}" for name, text in parties.bad.items()]
         count = f"{len(parties.bad)} of {len(options.adapters)} parties cannot be averaged"
-        raise ConfigError("\n".join([f"adapters: {count}:", *listed, *([_LEAVE_OUT] if parties.left else [])]))
+        raise ConfigError("\n".join([f"adapters: {count}:", *faults, *([_LEAVE_OUT] if parties.left else [])]))
     for name, text in parties.bad.items():
         log(f"aggregate: left out: {name}: {text}")
     _write(parties.left, parties.bad, start, options, log)
@@ -108,7 +114,7 @@ def _read(options: AggregateOptions) -> _Parties:
             adapter = fetch_adapter(name, "adapters")
             if not weight > 0:
                 raise ConfigError(f"weight: must be greater than 0, found {weight:g}")
-            parties.append(Party(adapter, weight, sha256_of(adapter.folder / TENSOR_FILE)))
+            parties.append(Party(adapter, weight, sha256_of(adapter.folder / TENSOR_FILE), base_record(adapter)))
         except FinetuneError as error:
             bad[name] = str(error).partition("\n")[0].removeprefix(f"adapters={name}: ")
     return _Parties(parties, bad)
@@ -173,8 +179,12 @@ def _other_a(adapter: SavedAdapter, other: SavedAdapter) -> list[str]:
 
 
 def _not_summed(party: Party) -> list[str]:
-    config = party.adapter.config
+    config, tensors = party.adapter.config, party.adapter.tensors
     problems = list(other_updates(config))
+    other = [name for name in tensors if ".lora_" in name and not is_factor(name)]
+    other += [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if other and not config.get("use_dora"):
+        problems.append(f"tensors: {listed(other)}: no factors or weights that have a mean")
     if config.get("use_dora"):
         problems.append("use_dora: means of DoRA's magnitudes are not exact")
     if init := other_base(config):
@@ -183,7 +193,7 @@ def _not_summed(party: Party) -> list[str]:
 
 
 def _quantized(party: Party) -> list[str]:
-    quant = base_record(party.adapter)["quant"]
+    quant = party.base["quant"]
     if quant in (None, "none"):
         return []
     return [f"quant.type={quant}: method=fedex changes the base, and a quantized one cannot take it; set method=ffa"]
@@ -245,7 +255,7 @@ def _record(
     return {
         "command": "aggregate",
         "method": options.method,
-        "base": base_record(parties[0].adapter),
+        "base": parties[0].base,
         "parties": [
             {"name": party.name, "weight": weight, "sha256": party.digest, "update_norm": party.norm}
             for party, weight in zip(parties, weights, strict=True)

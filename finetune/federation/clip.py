@@ -173,8 +173,14 @@ def _check_start(adapter: SavedAdapter, start: SavedAdapter | None) -> None:
             raise ConfigError(f"adapter={adapter.name}: {'; '.join(problems)}")
         return
     require_zero_start(adapter)
-    config = saved_config(adapter.folder)
-    if config is not None and not config.lora.freeze_a:
+    if (config := saved_config(adapter.folder)) is None:
+        return
+    if (begin := config.lora.init_adapter) is not None:
+        raise ConfigError(
+            f"start: is missing; the run of adapter={adapter.name} started from lora.init_adapter={begin}\n"
+            f"help: start={begin}"
+        )
+    if not config.lora.freeze_a:
         raise ConfigError(
             f"start: is missing; the run of adapter={adapter.name} trained A too, from a start that is unknown\n"
             "help: name the adapter that it started from, or train with lora.freeze_a=true"

@@ -230,6 +230,8 @@ CASES: dict[str, Callable[[], Step]] = {
     "NEFTune": partial(_step, build_loss=_noisy),
     "rsLoRA and patterns": _lora(rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 4.0}),
     "layers_to_transform": _lora(layers_to_transform=[1]),
+    "frozen A": _lora(freeze_a=True, target_modules="all-linear"),
+    "frozen A, offload": partial(_step, lora=LoraConfig(freeze_a=True), recompute="offload"),
     "DoRA": _lora(dora=True, target_modules="all-linear"),
     "head trained": _lora(modules_to_save=["lm_head"]),
     "embedding trained": _lora(modules_to_save=["embed_tokens"]),

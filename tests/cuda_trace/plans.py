@@ -38,6 +38,7 @@ class Plan:
     quant: str = "nf4"
     keep_dequantized: bool = False
     dora: bool = False
+    freeze_a: bool = False
     saved: tuple[str, ...] = ()
     dropout: float = 0.0
     deterministic: bool = False
@@ -57,6 +58,7 @@ class Plan:
             self.quant: self.quant != "nf4",
             "keep_dequantized": self.keep_dequantized,
             "DoRA": self.dora,
+            "frozen A": self.freeze_a,
             f"trained {'+'.join(self.saved)}": bool(self.saved),
             "dropout": self.dropout,
             "deterministic": self.deterministic,
@@ -83,6 +85,7 @@ class Plan:
             "lora.rank": self.rank,
             "lora.target_modules": targets,
             "lora.dora": self.dora,
+            "lora.freeze_a": self.freeze_a,
             "lora.modules_to_save": f"[{','.join(self.saved)}]",
             "lora.dropout": self.dropout,
             "train.gradient_checkpointing": self.recompute,
@@ -142,6 +145,7 @@ class Plan:
                 rank=self.rank,
                 target_modules=self._targets,
                 dora=self.dora,
+                freeze_a=self.freeze_a,
                 dropout=self.dropout,
                 modules_to_save=list(self.saved),
             ),
@@ -217,6 +221,9 @@ _RUNS = [
     Plan("7B", 2, 2048, saved=("embed_tokens",)),
     Plan("7B", 2, 2048, saved=("embed_tokens", "lm_head")),
     Plan("7B", 3, 2048, 16, "all-linear", "all", dora=True),
+    Plan("7B", 2, 2048, freeze_a=True),
+    Plan("7B", 3, 8192, 64, "all-linear", "all", freeze_a=True),
+    Plan("0.5B", 4, 2048, 16, "all-linear", freeze_a=True),
     Plan("0.5B", 3, 2048, dtype="float32"),
     Plan("7B", 2, 3072, 16, "all-linear", answers=2, prompt=1024),
     Plan("7B", 2, 10_240, 16, "all-linear", answers=8, prompt=1024),

@@ -62,6 +62,8 @@ def test_parameters_are_those_of_the_model(size):
         (),
         ("lora.target_modules=all-linear", "lora.rank=4"),
         ("lora.dora=true",),
+        ("lora.freeze_a=true",),
+        ("lora.freeze_a=true", "lora.target_modules=all-linear", "lora.rank_pattern={down_proj: 2, q_proj: 3}"),
         ("lora.layers_to_transform=[1]",),
         ("lora.target_modules=all-linear", "lora.rank_pattern={down_proj: 2, q_proj: 3}"),
         ("lora.modules_to_save=[norm]",),
@@ -77,9 +79,10 @@ def test_trained_values_are_those_that_peft_trains(overrides, tied):
     model = attach_lora(base, cfg.lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained_parameters(shape, cfg.lora) == trained
+    held = trained + sum(p.numel() for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad)
     plan = static_of(cfg, shape)
     assert (plan.parts["adapter"], plan.parts["gradients"], plan.parts["optimizer"]) == (
-        4 * trained,
+        4 * held,
         4 * trained,
         8 * trained,
     )

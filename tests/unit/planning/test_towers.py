@@ -25,6 +25,7 @@ from transformers import (
 from finetune import load_config
 from finetune.data.media.media import Media
 from finetune.models.adapters.attach import attach_lora
+from finetune.models.adapters.inits import freeze_a
 from finetune.models.families import FAMILIES, shape_of, text_settings
 from finetune.models.families.known import complete_shape
 from finetune.planning.describe import describe_start
@@ -149,7 +150,10 @@ def test_a_pass_without_gradients_holds_the_predicted_bytes(family, name, dtype)
     assert units * _forward_bytes(inputs, inputs.towers[name]) == pytest.approx(alive.peak, rel=0.05)
 
 
-@pytest.mark.parametrize("settings", [(), ("lora.dropout=0.1",), ("model.dtype=float32", "quant.type=none")])
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("lora.dropout=0.1",), ("model.dtype=float32", "quant.type=none"), ("lora.freeze_a=true",)],
+)
 @pytest.mark.parametrize(("family", "name"), TOWERS)
 def test_a_tower_with_adapters_keeps_the_predicted_bytes(family, name, settings):
     inputs = inputs_for(shape_in(tower_model(family, torch.bfloat16)), *settings, "lora.rank=8")
@@ -159,6 +163,8 @@ def test_a_tower_with_adapters_keeps_the_predicted_bytes(family, name, settings)
     adapted: Any = get_peft_model(
         model, LoraConfig(r=8, target_modules=targets, lora_dropout=inputs.lora.dropout)
     ).train()
+    if inputs.lora.freeze_a:
+        freeze_a(adapted)
     parameters = {p.untyped_storage().data_ptr() for p in adapted.parameters()}
     kept: dict[int, tuple[Tensor, int]] = {}
 
