@@ -52,7 +52,7 @@ class Party:
         return self.adapter.name
 
 
-# Returns the problems of a party that the other parties need not know.
+# Returns the problems of a party, found without the others.
 Check = Callable[[Party], Sequence[str]]
 
 
@@ -60,7 +60,7 @@ class _Parties:
     """The parties of a round that are left, and the problems of the others by name."""
 
     def __init__(self, parties: Sequence[Party], bad: dict[str, str]):
-        self.left = sorted(parties, key=lambda party: (party.digest, party.weight))
+        self.left = sorted(parties, key=lambda party: (party.digest, party.weight, party.name))
         self.bad = bad
 
     def require(self, check: Check) -> None:
