@@ -22,8 +22,9 @@ from finetune.config.schema import RunConfig
 from finetune.evaluation.probe import TOP, Scorer
 from finetune.export.adapter_folder import MAX_RANKS
 from finetune.export.export import export_model
-from finetune.models.adapters.folder import read_adapter_config
+from finetune.models.adapters.folder import TENSOR_FILE, read_adapter_config
 from finetune.models.hub import TEXT_FILES, WEIGHT_FILES, fetch
+from finetune.models.safetensors_header import read_header
 from finetune.models.tokenizer import load_tokenizer
 from finetune.serving.adapters import name_base
 from finetune.serving.loading import base_digest, load_template
@@ -57,6 +58,18 @@ _READ = {
     "max_adapters",
 }
 _READY_SECONDS = 5.0
+# Source: get_default_trtllm_modules_to_hf_modules in TensorRT-LLM's lora_helper.py.
+_TENSORRT_LLM_MODULES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "qkv_proj": "attn_qkv",
+    "o_proj": "attn_dense",
+    "gate_proj": "mlp_h_to_4h",
+    "up_proj": "mlp_gate",
+    "gate_up_proj": "mlp_gate_up",
+    "down_proj": "mlp_4h_to_h",
+}
 
 
 @dataclass(frozen=True)
@@ -228,11 +241,12 @@ def tensorrt_llm_words(start: Start) -> list[str]:
         words += ["--max_seq_len", str(settings.context_tokens)]
     if start.adapters:
         requests = [_lora_request(start, name) for name in start.adapters]
+        folders = {each["lora_name"]: Path(each["lora_path"]) for each in requests}
         lora = {
-            "lora_dir": [each["lora_path"] for each in requests],
-            "max_lora_rank": _rank({each["lora_name"]: Path(each["lora_path"]) for each in requests}),
-            "max_loras": len(requests),
-            "max_cpu_loras": len(requests),
+            "lora_target_modules": _tensorrt_llm_modules(folders),
+            "max_lora_rank": _rank(folders),
+            "max_loras": len(folders),
+            "max_cpu_loras": len(folders),
         }
         # A CUDA graph is captured without adapters: TensorRT-LLM's own test of adapters turns graphs off.
         content = json.dumps({"lora_config": lora, "cuda_graph_config": None}) + "\n"  # JSON is YAML
@@ -251,6 +265,26 @@ def _lora_request(start: Start, name: str) -> dict[str, Any]:
     number = list(start.adapters).index(name) + 1
     folder = _plain_adapter(start, start.adapters[name])
     return {"lora_name": name, "lora_int_id": number, "lora_path": str(folder)}
+
+
+def _tensorrt_llm_modules(folders: Mapping[str, Path]) -> list[str]:
+    """Return TensorRT-LLM's names of the layers of adapters: with q, k or v it needs all three.
+
+    It infers them only for one adapter. Raises: ConfigError for layers that it does not know.
+    """
+    layers = set()
+    for name, folder in folders.items():
+        _, tensors = read_header(folder / TENSOR_FILE)
+        found = {tensor.partition(".lora_")[0].rpartition(".")[2] for tensor in tensors}
+        if unknown := sorted(found - _TENSORRT_LLM_MODULES.keys()):
+            raise ConfigError(
+                f"adapters.{name}: engine=tensorrt_llm has no LoRA for {', '.join(unknown)}\n"
+                "help: run finetune merge, and serve the merged model"
+            )
+        layers |= found
+    if layers & {"q_proj", "k_proj", "v_proj"}:
+        layers |= {"q_proj", "k_proj", "v_proj"}
+    return [theirs for ours, theirs in _TENSORRT_LLM_MODULES.items() if ours in layers]
 
 
 def _ask_tensorrt_llm(start: Start, name: str | None) -> Ask:

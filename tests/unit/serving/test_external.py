@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from finetune.config.command_options import ServeOptions, ServeSettings
 from finetune.config.compose import load_config
 from finetune.evaluation.probe import Probe, Row, compare, measure
+from finetune.models.adapters.folder import TENSOR_FILE
 from finetune.serving import external
 from finetune.serving.external import PROGRAMS, Start
 from finetune.serving.scorers import (
@@ -131,13 +133,21 @@ def test_the_arguments_of_tensorrt_llm(start, exports, capsys):
     settings = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
     lora = settings["lora_config"]
     assert settings.keys() == {"lora_config", "cuda_graph_config"} and lora.keys() <= LORA_CONFIG
-    assert [(Path(folder) / "adapter_config.json").is_file() for folder in lora["lora_dir"]] == [True, True]
+    # With several adapters TensorRT-LLM infers no layers, and takes q, k and v together.
+    assert lora["lora_target_modules"] == ["attn_q", "attn_k", "attn_v"]
     assert (lora["max_lora_rank"], lora["max_loras"], lora["max_cpu_loras"]) == (16, 2, 2)
     printed = [line for line in capsys.readouterr().err.splitlines() if "lora_request" in line]
     requests = [json.loads(line.partition('"lora_request": ')[2]) for line in printed]
     assert [request.keys() for request in requests] == [LORA_REQUEST] * 2
-    assert [request["lora_path"] for request in requests] == lora["lora_dir"]
+    assert [(Path(request["lora_path"]) / "adapter_config.json").is_file() for request in requests] == [True, True]
+    assert [(request["lora_name"], request["lora_int_id"]) for request in requests] == [("first", 1), ("second", 2)]
     assert PROGRAMS["tensorrt_llm"].names(start) == ["tiny"]
+
+
+def test_layers_without_lora_in_tensorrt_llm_are_refused(start, exports, tmp_path):
+    save_file({"base_model.model.model.layers.0.mlp.experts.lora_A.weight": torch.ones(2, 2)}, tmp_path / TENSOR_FILE)
+    with pytest.raises(ConfigError, match=r"adapters\.odd: .*experts"):
+        external._tensorrt_llm_modules({"odd": tmp_path})
 
 
 def test_without_adapters_tensorrt_llm_gets_no_settings_of_them(start):
