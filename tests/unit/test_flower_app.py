@@ -273,6 +273,18 @@ def test_names_that_are_no_names_or_of_two_parties_are_left_out(
     assert line["parties"] == ["a", "b"] and set(line["left_out"]) == {"node 2", "d"}
 
 
+def test_two_runs_cannot_write_one_folder(app: SimpleNamespace, program: list[str], tmp_path: Path):
+    parties, given = parties_of(app, program, tmp_path, "ab"), settings(app, program, tmp_path, rounds=1)
+
+    def exchange(asked: Mapping[int, Any]) -> dict[int, Any]:
+        with pytest.raises(app.rounds.FolderInUse):
+            federate(app, given, parties)
+        return {node: app.rounds.Answer(parties[node].name, parties[node].update(asked[node])) for node in asked}
+
+    app.rounds.Federation(given, lambda: [*parties], exchange, lambda text: None).run()
+    assert [line["round"] for line in lines_of(tmp_path)] == [1]
+
+
 def test_wrong_settings_end_before_a_party_is_asked(app: SimpleNamespace, program: list[str], tmp_path: Path):
     for changes in ({"method": "fedex"}, {"method": "fedavg"}, {"out": ""}, {"weights": "a"}):
         with pytest.raises(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import secrets
@@ -19,6 +20,10 @@ from federated.commands import FREEZES_A, Averaging, aggregate_words, executable
 from federated.party import NAME, Task
 
 _WAIT_SECONDS = 2.0  # between two looks for parties
+
+
+class FolderInUse(RuntimeError):
+    """Another run writes the rounds of this folder; Flower may have kept it alive after its server was killed."""
 
 
 class TooFewParties(RuntimeError):
@@ -91,11 +96,17 @@ class Federation:
         """Do the rounds that are not done, and return the folder of the final adapter.
 
         Raises:
+            FolderInUse: another run writes the folder.
             TooFewParties: too few parties sent a usable update; the message names the others and their errors.
             CommandFailed: the updates cannot be averaged.
         """
-        for number in range(self._done() + 1, self.settings.rounds + 1):
-            self._round(number)
+        with open(self.settings.out / "lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FolderInUse(f"out={self.settings.out}: another run writes it\nhelp: flwr stop RUN") from error
+            for number in range(self._done() + 1, self.settings.rounds + 1):
+                self._round(number)
         final = self.settings.out / "final"
         shutil.rmtree(final, ignore_errors=True)
         shutil.copytree(self._folder(self._done()), final)
