@@ -234,9 +234,11 @@ def test_an_update_that_was_clipped_is_not_too_large(tmp_path: Path):
     start, sent = party(tmp_path / "start", 77, lambda config, tensors: tensors[B].mul_(1e4)), []
     for name in names:
         out = tmp_path / f"{Path(name).name}-sent"
-        clip(ClipOptions(adapter=name, start=start, out=str(out), max_norm=0.37), lambda line: None)
+        clip(ClipOptions(adapter=name, start=start, out=str(out), max_norm=0.35), lambda line: None)
         sent.append(str(out))
-    run(sent, tmp_path / "out", start=start, max_norm=0.37)
+    run(sent, tmp_path / "out", start=start, max_norm=0.35)
+    # Rounding to fp32 beside a large start moved some of them above the limit.
+    assert max(each["update_norm"] for each in read_round(tmp_path / "out")["parties"]) > 0.35
     with pytest.raises(ConfigError, match="3 of 3"):
         run(sent, tmp_path / "again", start=start, max_norm=0.3)
 
