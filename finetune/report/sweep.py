@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.report.compare import swatch
 from finetune.report.curves import Picture, overlaid
@@ -45,6 +45,22 @@ class SweepResults:
         return list(dict.fromkeys(key for values, _ in self.runs for key in values))[:_MOST_PANELS]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A trial of a search with two objectives.
+
+    Attributes:
+        label: its number.
+        stored_bytes: of the model as it is served.
+        place: front (no full run is better in both), full (another one is), or paused (at an earlier step).
+    """
+
+    label: str
+    stored_bytes: float
+    metric: float
+    place: Literal["front", "full", "paused"]
+
+
 def write_sweep_page(
     file: Path,
     title: str,
@@ -52,6 +68,7 @@ def write_sweep_page(
     *,
     best: Sequence[tuple[str, str, str]],
     results: SweepResults | None,
+    points: Sequence[Point] = (),
     rows: Sequence[Sequence[str]],
     runs: Sequence[tuple[str, Run]],
 ) -> None:
@@ -60,6 +77,7 @@ def write_sweep_page(
     Args:
         best: cards of the best run: label, value, detail.
         results: None if no run is measured.
+        points: of a search with two objectives.
         rows: the table, its head first.
         runs: label and run, the best first.
     """
@@ -70,12 +88,48 @@ def write_sweep_page(
         headline=headline,
         best=best,
         rows=rows,
+        front=[] if results is None or not points else [front_picture(points, results.metric)],
         effects=[] if results is None else effect_pictures(results),
         labels=[label for label, _ in runs],
         styles=[swatch(i) for i in range(len(runs))],
         pictures=overlaid(runs),
     )
     write_text(file, page)
+
+
+def front_figure(points: Sequence[Point], metric: str) -> Figure:
+    """Draw stored bytes against the metric: the Pareto front over the other trials, which are pale."""
+    drawn, (axes,) = figure(6.4, 3.6)
+    styles: dict[str, tuple[str, dict[str, Any]]] = {
+        "paused": ("paused at an earlier step", {"marker": "x", "markersize": 4, "alpha": 0.35, "color": COLORS[6]}),
+        "full": ("other full runs", {"marker": "o", "markersize": 4, "alpha": 0.35, "color": COLORS[0]}),
+        "front": ("Pareto front", {"marker": "o", "markersize": 6, "color": COLORS[1]}),
+    }
+    unit, name = (1e9, "GB") if max(point.stored_bytes for point in points) >= 1e9 else (1e6, "MB")
+    for place, (label, style) in styles.items():
+        there = sorted(
+            (point.stored_bytes / unit, point.metric, point.label) for point in points if point.place == place
+        )
+        if there:
+            sizes, metrics, _ = zip(*there, strict=True)
+            axes.plot(sizes, metrics, label=label, linestyle="none", **style)
+            if place == "front":
+                axes.step(sizes, metrics, where="post", linewidth=1.2, alpha=0.6, color=COLORS[1])
+                for size, value, text in there:
+                    axes.annotate(text, (size, value), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    values = [point.metric for point in points]
+    if min(values) > 0 and max(values) >= 5 * min(values):
+        axes.set_yscale("log")
+    axes.set_xlabel(f"stored model, {name}")
+    axes.set_ylabel(metric)
+    axes.legend(frameon=False, fontsize=8)
+    return drawn
+
+
+def front_picture(points: Sequence[Point], metric: str) -> Picture:
+    """Draw the Pareto front for a page."""
+    text = "The numbers are trials: no full run has both a better metric and fewer bytes."
+    return Picture("Stored bytes", svg(front_figure(points, metric)), text)
 
 
 def effects_figure(results: SweepResults) -> Figure:
@@ -101,8 +155,9 @@ def effect_pictures(results: SweepResults) -> list[Picture]:
 
 
 def _draw_effect(axes: Axes, key: str, results: SweepResults) -> None:
-    places = _place_on_axis(axes, [values[key] for values, _ in results.runs])
-    metrics = [metric for _, metric in results.runs]
+    runs = [(values[key], metric) for values, metric in results.runs if key in values]  # Some have no such setting.
+    places = _place_on_axis(axes, [value for value, _ in runs])
+    metrics = [metric for _, metric in runs]
     by_place: dict[float, list[float]] = defaultdict(list)
     for place, metric in zip(places, metrics, strict=True):
         by_place[place].append(metric)

@@ -88,6 +88,18 @@ def in_order(trials: Sequence[Trial], step: int, minimize: bool) -> list[Trial]:
     return [trials[i] for i in order]
 
 
+def pareto_front(trials: Sequence[Trial], minimize: bool) -> list[Trial]:
+    """Return the full runs of a search that no other one dominates, the best metric first."""
+    full = [trial for trial in trials if trial.metric is not None and trial.plan is not None]
+    points = [objectives(trial, max(trial.rungs), minimize) for trial in full]
+    front = [
+        (point, trial.number, trial)
+        for point, trial, rank in zip(points, full, pareto_ranks(points), strict=True)
+        if rank == 0
+    ]
+    return [trial for *_, trial in sorted(front, key=lambda each: each[:2])]
+
+
 def objectives(trial: Trial, step: int, minimize: bool) -> tuple[float, float]:
     """Return the metric at a rung, negative if more is better, and the stored bytes: both better if lower."""
     metric = trial.rungs[step]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from finetune.config.compose import load_config
 from finetune.config.schema import RunConfig
 from finetune.evaluation.metric_names import ANSWER_METRICS
 from finetune.report.facts import FIGURES, figure_named
-from finetune.sweep.record import Trial
+from finetune.sweep.record import Record, Trial
 from finetune.sweep.search import Search, plan_search
 from finetune.sweep.space import Space, read_space
 from finetune.system.console import Log
@@ -58,6 +58,17 @@ class Plan:
     @property
     def size(self) -> str:
         return f"{self.runs} runs" if self.search is None else self.search.halving.describe()
+
+    def headline(self, record: Record) -> str:
+        """Return what became of the runs."""
+        finished = sum(trial.status == "finished" for trial in record.trials)
+        text = f"{len(record.trials)} runs, {finished} finished"
+        if self.search is None:
+            return text
+        limits = replace(self.search.limits, memory_bytes=record.memory_bytes)
+        over = sum(trial.over_limits for trial in record.trials)
+        steps = sum(max(trial.rungs, default=0) for trial in record.trials)
+        return f"{text}, {steps:,} steps; limits of a run: {limits}; draws over a limit: {over}"
 
     def describe(self) -> Iterator[str]:
         """Yield the lines of a dry run."""
@@ -115,6 +126,7 @@ def plan_sweep(config: str, words: Sequence[str], settings: SweepSettings, log: 
         return Plan(config, given, settings, first)
     search = plan_search(config, given, first, settings, minimize=minimizes(settings), log=log)
     _checked(config, search.space, searching)
+    search.check()
     return Plan(config, search.space, settings, first, search)
 
 
@@ -178,5 +190,5 @@ def _metric_problems(settings: SweepSettings, cfg: RunConfig) -> list[str]:
     known = (metric in METRICS, f"unknown; choose from {', '.join(METRICS)}, eval/SET/accuracy")
     rules = ("eval/", "eval/SET/") if metric.startswith("eval/") else (metric,)
     if settings.space == "auto" and metric == "exact_match_after":
-        return [f"sweep.metric={metric}: is measured at the end only; {_ALSO_BEFORE_THE_END}"]
+        needs[metric] = (False, f"is measured at the end only; {_ALSO_BEFORE_THE_END}")
     return [f"sweep.metric={metric}: {text}" for fits, text in (needs.get(rule, known) for rule in rules) if not fits]

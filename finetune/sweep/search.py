@@ -26,7 +26,7 @@ from finetune.system.console import Log
 from finetune.system.errors import ConfigError
 
 DEFAULT_BUDGET = 12.0
-_MOST_DRAWS = 300
+_MOST_DRAWS = 100
 _MOST_FAILURES = 3
 _DRAWS_SHOWN = 8
 
@@ -82,15 +82,36 @@ class Search:
 
         The sampler learns from the metrics at the first rung, which all trials have, and from the stored bytes.
         """
-        known, over = {tuple(self.space.words(trial.values)) for trial in trials}, 0
-        for values in islice(self._draws(trials), _MOST_DRAWS):
-            if tuple(self.space.words(values)) in known:
-                continue
-            found = self.predict(values)
+        for over, (values, found) in enumerate(self._predicted(trials)):
             if not self.limits.broken_by(found):
                 return Candidate(values, found, over)
-            over += 1
         return None
+
+    def check(self) -> None:
+        """Raise ConfigError if no candidate is within the limits."""
+        found: list[Prediction] = []
+        for _, plan in self._predicted([]):
+            if not self.limits.broken_by(plan):
+                return
+            found.append(plan)
+        keys = set.intersection(*(set(self.limits.broken_by(each)) for each in found))
+        least = Prediction(
+            min(each.needed_bytes for each in found),
+            min(each.seconds or 0.0 for each in found),
+            min(each.stored_bytes for each in found),
+        )
+        text = f"no candidate is within {self.limits}; the least of {len(found)} draws: {least}"
+        advice = "help: raise it, or give keys that need less, as data.max_length"
+        named = sorted(keys or {"sweep.memory_gb", "sweep.hours"})
+        raise ConfigError("\n".join([*(f"{key}: {text}" for key in named), advice]))
+
+    def _predicted(self, trials: list[Trial]) -> Iterator[tuple[dict[str, str], Prediction]]:
+        """Yield draws that no trial has, each with what the planner predicts."""
+        known = {tuple(self.space.words(trial.values)) for trial in trials}
+        for values in islice(self._draws(trials), _MOST_DRAWS):
+            if (words := tuple(self.space.words(values))) not in known:
+                known.add(words)
+                yield values, self.predict(values)
 
     def _draws(self, trials: list[Trial]) -> Iterator[dict[str, str]]:
         first = self.halving.rungs[0]
@@ -132,7 +153,7 @@ def plan_search(
         cfg: the config with the fixed overrides.
 
     Raises:
-        ConfigError: the model's sizes are unknown, or no candidate is within the limits.
+        ConfigError: the model's sizes are unknown.
         DataError: a row is wrong.
     """
     check_inputs(cfg)
@@ -140,7 +161,8 @@ def plan_search(
     rows = _read_rows(cfg, log)
     edits = parse_overrides(given.fixed)
     keys = {key for key, _ in edits.values} | {parameter.key for parameter in given.parameters}
-    given = replace(given, fixed=(*given.fixed, f"train.max_steps={rows.steps}"))
+    if cfg.train.max_steps is None:
+        given = replace(given, fixed=(*given.fixed, f"train.max_steps={rows.steps}", "train.epochs=null"))
     space = auto_space(cfg, given, keys, FAMILIES[shape["model_type"]], rows.lengths)
     device = planned_device(None, None)
     planner = Planner(shape, device, read_rates(device.kind), rows.document_tokens, rows.target_share)
@@ -151,23 +173,7 @@ def plan_search(
     search = Search(config, space, planner, limits, halving, rows.steps, minimize, settings.seed)
     if settings.memory_gb is not None:
         search = search.with_memory(settings.memory_gb * 1e9)
-    if search.draw([]) is None:
-        raise _nothing_fits(search)
     return search
-
-
-def _nothing_fits(search: Search) -> ConfigError:
-    found = [search.predict(values) for values in islice(search._draws([]), _MOST_DRAWS)]
-    keys = set.intersection(*(set(search.limits.broken_by(each)) for each in found))
-    keys = keys or {"sweep.memory_gb", "sweep.hours"}
-    least = Prediction(
-        min(each.needed_bytes for each in found),
-        min(each.seconds or 0.0 for each in found),
-        min(each.stored_bytes for each in found),
-    )
-    text = f"no candidate is within {search.limits}; the least of {len(found)} draws: {least}"
-    advice = "help: raise it, or give keys that need less, as data.max_length"
-    return ConfigError("\n".join([*(f"{key}: {text}" for key in sorted(keys)), advice]))
 
 
 class _Rows(NamedTuple):

@@ -38,7 +38,7 @@ def run_sweep(plan: Plan, log: Log) -> Record:
             plan, record = _open(plan)
             record.save(folder)
             _run_all(plan, record, stop, log)
-            write_outcome(folder, plan.first.name, record)
+            write_outcome(plan, record)
     if all(trial.status == "failed" for trial in record.trials):
         errors = dict.fromkeys(trial.error or "" for trial in record.trials)
         raise FinetuneError("\n".join(["every run of the sweep failed:", *errors]))
@@ -118,7 +118,7 @@ def _run_all(plan: Plan, record: Record, stop: Stop, log: Log) -> None:
         write_table(plan.folder, record)
         _check_measured(trial, plan, record)
         if stop.received or (plan.search and trial.status == "stopped"):
-            write_outcome(plan.folder, plan.first.name, record)
+            write_outcome(plan, record)
             message = f"stopped in {heading.partition(':')[0]}\nhelp: repeat the command to resume"
             raise Interrupted(stop.received or signal.SIGTERM, message)
 
