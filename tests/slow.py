@@ -4,6 +4,18 @@ from __future__ import annotations
 
 # A test file, a test, or one case of a test -> the fast test that holds the same law in every run of the suite.
 SLOW: dict[str, str] = {
+    "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices[1]": (
+        "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices"
+    ),
+    "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices[2]": (
+        "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices"
+    ),
+    "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices[3]": (
+        "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices"
+    ),
+    "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices[4]": (
+        "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices"
+    ),
     "tests/families/test_exports.py::test_an_onnx_graph_computes_the_logits_of_its_source": (
         "tests/families/test_exports.py::test_a_gguf_file_is_read_back_with_the_logits_of_its_source"
     ),
