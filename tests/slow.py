@@ -16,6 +16,9 @@ SLOW: dict[str, str] = {
     "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices[4]": (
         "tests/unit/sweep/test_auto.py::test_a_search_that_is_killed_at_any_moment_makes_the_same_choices"
     ),
+    "tests/integration/test_other_device.py::test_a_run_there_learns_as_on_the_cpu": (
+        "tests/integration/test_other_device.py::test_the_device_computes_and_refuses_tensors_of_the_cpu"
+    ),
     "tests/families/test_exports.py::test_an_onnx_graph_computes_the_logits_of_its_source": (
         "tests/families/test_exports.py::test_a_gguf_file_is_read_back_with_the_logits_of_its_source"
     ),

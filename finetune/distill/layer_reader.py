@@ -99,10 +99,10 @@ class Reads:
 
 
 class MappedLayer:
-    """A layer on the CPU, mapped from the system's page cache without a copy."""
+    """A layer mapped from the system's page cache: without a copy on a CPU, else copied when it is taken."""
 
-    def __init__(self, dtype: torch.dtype):
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
         self._tensors: dict[str, Tensor] = {}
         self._pending: list[Future[None]] = []
 
@@ -116,7 +116,7 @@ class MappedLayer:
         """Wait for the layer's tensors on the device, valid until `release`. Raises: errors of its reads."""
         for piece in self._pending:
             piece.result()
-        return self._tensors
+        return {name: tensor.to(self._device) for name, tensor in self._tensors.items()}
 
     def release(self) -> None:
         """Free the layer, once all its computation is queued and nothing refers to its tensors."""
@@ -175,4 +175,4 @@ def layer_buffers(
     """
     if kind_of(device.type).pinned_copies:
         return [PinnedLayer(shapes, dtype, device) for _ in range(2)]
-    return [MappedLayer(dtype) for _ in range(2)]
+    return [MappedLayer(dtype, device) for _ in range(2)]

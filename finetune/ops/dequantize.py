@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.ops.matmul import uses_fp32_matmul
-from finetune.system.accelerator import on_gpu
+from finetune.system.accelerator import kind_of
 
 # Values dequantized at once in fp32: 2 MB, which stay in cache. A multiple of every quantization block. 4 MB are 5 %
 # faster but leave holes in the heap: 0.2 GB of 1.6 for 0.5B and 512 tokens.
@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 def dequantize(packed: Tensor, state: Any) -> Tensor:
-    """Return the weight [O, D] in the dtype of its state; on a GPU, in a buffer that the next call overwrites.
+    """Return the weight [O, D] in the dtype of its state; maybe in a buffer that the next call overwrites.
 
     packed: uint8, two values per byte. state: QuantState of bitsandbytes.
     """
     from bitsandbytes.functional import dequantize_4bit
 
     size = state.shape.numel()
-    if on_gpu(packed):
+    if kind_of(packed.device.type).dequantizes_in_place:
         key = (packed.device, state.dtype)
         if key not in _buffers or _buffers[key].numel() < size:
             _buffers[key] = torch.empty(size, dtype=state.dtype, device=packed.device)

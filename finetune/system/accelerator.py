@@ -37,6 +37,7 @@ class DeviceKind:
     attention_in_fp32: whether attention of bf16 runs in fp32 where there is no flash attention.
     packed_attention: torch has attention over documents of any length (`varlen_attn`).
     fp32_results: torch has products of 16-bit matrices with a result in fp32.
+    dequantizes_in_place: bitsandbytes has a kernel that writes a dequantized 4-bit weight into a given buffer.
     pinned_copies: copies from and to pinned memory run beside the computation, on a stream of their own.
     """
 
@@ -47,10 +48,16 @@ class DeviceKind:
     attention_in_fp32: bool = False
     packed_attention: bool = False
     fp32_results: bool = False
+    dequantizes_in_place: bool = False
     pinned_copies: bool = False
 
 
-_CUDA_KIND = {"flash_attention": (8, 0), "attention_in_fp32": True, "pinned_copies": True}
+_CUDA_KIND: dict[str, Any] = {
+    "flash_attention": (8, 0),
+    "attention_in_fp32": True,
+    "dequantizes_in_place": True,
+    "pinned_copies": True,
+}
 # By torch's device type; "rocm" is CUDA in a ROCm build of torch.
 KINDS = {
     "cpu": DeviceKind("CPU"),
@@ -135,10 +142,8 @@ def has_flash_attention(device: torch.device) -> bool:
 
 def release_caches() -> None:
     """Return the free memory of torch's allocator to the accelerator, if this process has used it."""
-    if "torch" in sys.modules and found_accelerator() is not None:
-        import torch
-
-        torch.accelerator.empty_cache()
+    if "torch" in sys.modules and (device := found_accelerator()) is not None:
+        runtime(device).empty_cache()
 
 
 def device_type_here() -> str:

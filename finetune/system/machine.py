@@ -90,8 +90,10 @@ def _count(environ: Mapping[str, str], name: str) -> int:
 
 def has_bf16_products() -> bool:
     """Return whether torch has fast bfloat16 products for this CPU (as ops/matmul.py), without importing torch."""
-    flags = next((line for line in _read(_PROCESSOR).splitlines() if line.startswith("flags")), "").split()
-    return not flags or {"avx512bw", "avx512vl", "avx512dq"} <= set(flags) or "avx_ne_convert" in flags
+    lines = (line.partition(":") for line in _read(_PROCESSOR).splitlines())
+    # x86 lists "flags", ARM "Features".
+    flags = set(next((words.split() for name, _, words in lines if name.strip() in ("flags", "Features")), []))
+    return not flags or flags >= {"avx512bw", "avx512vl", "avx512dq"} or bool(flags & {"avx_ne_convert", "bf16"})
 
 
 def processor_name() -> str:

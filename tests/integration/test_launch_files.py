@@ -88,6 +88,20 @@ def test_container_files_copy_what_is_there(file: Path):
     assert copies and [path for paths in copies for path in paths if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("address", ["", "https://example.org/rocm"])
+def test_an_image_gets_the_build_of_torch_that_its_argument_names(address: str, tmp_path: Path):
+    steps = (ROOT / "launch" / "docker" / "Dockerfile").read_text().replace("\\\n", "")
+    script = next(line.removeprefix("RUN ") for line in steps.splitlines() if "TORCH_INDEX" in line and "RUN" in line)
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_INDEX": address}
+    script = script.replace("/source/", f"{ROOT}/")
+    done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    found = done.stdout.split()
+    version = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    assert found[-3:] == (["--index-url", address, version] if address else [])
+
+
 @pytest.mark.parametrize("name", ["job.yaml", "trainjob.yaml"])
 def test_resources_of_kubernetes_are_valid(name: str):
     resources = list(yaml.safe_load_all((ROOT / "launch" / "k8s" / name).read_text()))

@@ -91,6 +91,14 @@ def test_a_machine_whose_name_has_no_address_is_warned(names: set[str], monkeypa
     assert doctor.check_network().status == "ok"
 
 
+def test_a_sandbox_that_hides_its_network_is_no_failure(monkeypatch: pytest.MonkeyPatch):
+    def hidden():
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(doctor, "interfaces", hidden)
+    assert doctor.check_network().status == "note"
+
+
 def test_the_doctor_shows_the_links_of_several_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "found_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

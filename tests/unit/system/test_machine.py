@@ -148,6 +148,22 @@ def test_bf16_products_are_detected_as_by_torch():
     assert machine.has_bf16_products() is not uses_fp32_matmul(torch.device("cpu"), torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("flags\t: avx2 fma\n", False),
+        ("flags\t: avx512bw avx512vl avx512dq\n", True),
+        ("Features\t: fp asimd asimddp\n", False),
+        ("Features\t: fp asimd i8mm bf16\n", True),
+        ("", True),
+    ],
+)
+def test_bf16_products_of_x86_and_of_arm(tmp_path: Path, monkeypatch, cpuinfo: str, found: bool):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}")
+    monkeypatch.setattr(machine, "_PROCESSOR", tmp_path / "cpuinfo")
+    assert machine.has_bf16_products() is found
+
+
 HOLES = """
 import os
 from pathlib import Path
