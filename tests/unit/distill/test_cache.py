@@ -281,7 +281,7 @@ def test_a_teacher_that_does_not_fit_into_memory_is_streamed(monkeypatch):
     cfg = load_config("quickstart.yaml", ["distill.objective=recover", "distill.teacher.dtype=float32"])
     size_bytes = 2 * (packaged("data") / "tiny-qwen2.5" / "model.safetensors").stat().st_size
     for free, fits in ((size_bytes / 0.61, False), (size_bytes / 0.59, True)):
-        monkeypatch.setattr(filling, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(filling, "free_bytes_of", lambda _, free=free: free)
         assert filling._fits(cfg, CPU) == fits
 
 
