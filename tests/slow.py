@@ -35,6 +35,9 @@ SLOW: dict[str, str] = {
     "tests/cuda_trace/test_roofline.py::test_the_modeled_share_of_an_h200": (
         "tests/cuda_trace/test_roofline.py::test_operations_and_bytes"
     ),
+    "tests/integration/test_flower.py": (
+        "tests/unit/test_flower_app.py::test_rounds_leave_out_a_dropped_party_by_name_and_send_a_once"
+    ),
     "tests/integration/test_benchmarks.py": "tests/unit/benchmarks/test_accounting.py",
     "tests/equivalence/test_federation.py": "tests/unit/federation/test_aggregate.py",
     "tests/equivalence/test_traffic.py": (
