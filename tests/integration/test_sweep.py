@@ -21,15 +21,22 @@ STEPS = 6
 SETTINGS = (*SMALL_RUN, f"train.max_steps={STEPS}", "data.eval.0.limit=8", "lora.rank=4")
 
 
-def command(folder: Path) -> list[str]:
-    words = [
-        "sweep",
-        "config=quickstart.yaml",
-        *SETTINGS,
-        f"train.learning_rate={','.join(RATES)}",
-        f"sweep.out={folder}",
-    ]
-    return [sys.executable, "-m", "finetune.cli", *words]
+GRID = (f"train.learning_rate={','.join(RATES)}",)
+# Three trials to step 1, one of them to the end.
+SEARCH = ("sweep.space=auto", "sweep.budget=1.5", "train.max_steps=4")
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    sweep = ["sweep", "config=quickstart.yaml", *SETTINGS, *words, f"sweep.out={folder}"]
+    return [sys.executable, "-m", "finetune.cli", *sweep]
+
+
+def kill_in_second_run(command: list[str], folder: Path, line: str) -> None:
+    """Start a sweep, and kill it when its second run has written `line`."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(line, folder / "trial-002" / "metrics.jsonl", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for(what: str, file: Path, process: subprocess.Popen) -> None:
@@ -55,13 +62,10 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], d
     the second command.
     """
     folder = tmp_path_factory.mktemp("sweep") / "s"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for('"step": 2', folder / "trial-002" / "metrics.jsonl", process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_in_second_run(command(folder, *GRID), folder, '"step": 2')
     record = json.loads((folder / "sweep.json").read_text())
     files = {file: file.stat().st_mtime_ns for file in (folder / "trial-001").rglob("*") if file.is_file()}
-    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command(folder, *GRID), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return folder, record["trials"], files, done.stdout
 
@@ -108,3 +112,24 @@ def test_the_page_draws_the_effects_and_the_curves(browser: Page, swept):
     browser.look(360)
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_search_equals_an_undisturbed_one(tmp_path: Path):
+    pytest.importorskip("optuna")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    kill_in_second_run(command(killed, *SEARCH), killed, '"step": 1')
+    for folder in (killed, undisturbed):
+        done = subprocess.run(command(folder, *SEARCH), capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+    records = [json.loads((folder / "sweep.json").read_text()) for folder in (killed, undisturbed)]
+    assert records[0]["trials"] == records[1]["trials"] and records[0]["best"] == records[1]["best"]
+    assert [trial["status"] for trial in sorted(records[0]["trials"], key=lambda each: len(each["rungs"]))] == [
+        "paused",
+        "paused",
+        "finished",
+    ]
+    best = f"trial-{records[0]['best']:03d}"
+    assert differing(killed / best, undisturbed / best) == [] and len(adapter(killed / best)) > 0
+    for trial in (f"trial-{number:03d}" for number in (1, 2, 3)):
+        steps = [line["step"] for line in metrics(killed / trial)]
+        assert steps == [line["step"] for line in metrics(undisturbed / trial)] and len(steps) == len(set(steps))
