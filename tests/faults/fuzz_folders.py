@@ -401,11 +401,10 @@ def _repacked(raw: bytes, change: Mutator) -> bytes:
     with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(buffer, "w") as new:
         chosen = change.rng.choice(old.namelist())
         for name in old.namelist():
-            content = old.read(name)
-            new.writestr(
-                (change.text(name) or "x") if name == chosen and change.often(0.2) else name,
-                change.raw(content) if name == chosen else content,
-            )
+            content, new_name = old.read(name), name
+            if name == chosen and change.often(0.2):
+                new_name = change.text(name).encode(errors="replace").decode() or "x"  # a zip holds no surrogates
+            new.writestr(new_name, change.raw(content) if name == chosen else content)
     return buffer.getvalue()
 
 
