@@ -19,6 +19,9 @@ from finetune.system.manifest import check_files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# The library notes each id that a vocabulary leaves out: one large id fills the memory and ends the process.
+_LARGEST_ID = 2**22
+
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """Load `model.tokenizer`, or the tokenizer of `model.name`, with its chat template.
@@ -46,8 +49,11 @@ def load_adapter_tokenizer(cfg: ModelConfig, adapter: Path) -> PreTrainedTokeniz
 
 def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBase:
     for file in TOKENIZER_FILES:
-        if "auto_map" in read_json(folder / file, f"{key}={name}"):
+        tree = read_json(folder / file, f"{key}={name}")
+        if "auto_map" in tree:
             raise ConfigError(f"{key}={name}: {file} names code to run (auto_map), which is never executed")
+        if (largest := _largest_id(tree)) > _LARGEST_ID:
+            raise ConfigError(f"{key}={name}: {folder / file} has the token id {largest:,}, above {_LARGEST_ID:,}")
     try:
         with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -58,6 +64,14 @@ def _read_tokenizer(folder: Path, name: str, key: str) -> PreTrainedTokenizerBas
         raise ConfigError(f"{key}={name}: the tokenizer in {folder} cannot be loaded: {reason}") from error
     tokenizer.name_or_path = name
     return tokenizer
+
+
+def _largest_id(tree: dict[str, Any]) -> int:
+    """Return the largest id of a token in the content of tokenizer.json; 0 if there is none."""
+    model = tree.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    return max((i for i in ids if isinstance(i, int)), default=0)
 
 
 def _check_rows(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -211,7 +211,7 @@ def _tensors_of(raw: bytes) -> dict[str, torch.Tensor]:
 
 def tokenizers(folder: Path) -> Any:
     """Tokenizer files of a model folder, with its template."""
-    place = Path(shutil.copytree(packaged("data") / "tiny-qwen2.5", folder / "base"))
+    place = Path(shutil.copytree(packaged("data") / "tiny-qwen2.5", folder / "base", dirs_exist_ok=True))
     (place / "model.safetensors").unlink()
     trees = {name: json.loads((place / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
     tokens = trees["tokenizer.json"]["model"]["vocab"]

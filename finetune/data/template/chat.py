@@ -116,8 +116,13 @@ class ChatTemplate:
         """The tokenizer, to which control tokens in a text are text.
 
         Built on first use: a process whose children encode saves its 100 MB.
+
+        Raises: DataError: pieces of the vocabulary do not fit each other.
         """
-        backend = Tokenizer.from_str(self._definition)
+        try:
+            backend = Tokenizer.from_str(self._definition)
+        except Exception as error:  # the library raises plain exceptions
+            raise DataError(f"the tokenizer is damaged: {str(error)[:200]}") from error
         backend.no_padding()
         backend.no_truncation()
         backend.post_processor = None  # it would trim blanks from the tokens' offsets

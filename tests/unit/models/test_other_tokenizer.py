@@ -71,3 +71,13 @@ def test_another_tokenizer_with_code_or_without_files_is_an_error(write: Write):
         load_tokenizer(ModelConfig(name=own, tokenizer=other))
     with pytest.raises(ConfigError, match=r"model\.tokenizer=nowhere/at/all: not a folder"):
         load_tokenizer(ModelConfig(name=own, tokenizer="nowhere/at/all"))
+
+
+def test_an_id_that_would_fill_the_memory_is_refused(write: Write):
+    folder = Path(write("base", {"a": 0, "b": 1}, rows=8))
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["model"]["vocab"]["b"] = 2**32 - 1
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json has the token id 4,294,967,295"):
+        load_tokenizer(ModelConfig(name=str(folder)))

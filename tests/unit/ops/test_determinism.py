@@ -14,7 +14,7 @@ from finetune.ops.determinism import cumulative_sums, deterministic, fix_backwar
 class OnGpu(torch.Tensor):
     """A tensor on the CPU that says it is on a GPU."""
 
-    is_cuda = True
+    device = torch.device("cuda")
 
 
 def test_torchs_setting_comes_back_after_an_error_in_a_backward_pass():
