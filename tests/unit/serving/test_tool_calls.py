@@ -130,16 +130,18 @@ def test_any_cut_gives_the_same_and_nothing_is_lost(text, data):
     assert rest == ""
 
 
+# Without the two characters that no row may have.
+CHARACTERS = st.characters(exclude_characters="\ue0f0\ue0f1", exclude_categories=["Cs"])
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(CHARACTERS, max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(CHARACTERS, max_size=4), inner, max_size=3),
     max_leaves=8,
 )
 
 
 def some_conversation(draw) -> Conversation:
-    texts = st.text(alphabet=st.characters(exclude_characters="<", exclude_categories=["Cs"]), max_size=10)
-    arguments = st.dictionaries(st.text(max_size=4), json_values, max_size=3)
+    texts = st.text(CHARACTERS.filter(lambda character: character != "<"), max_size=10)
+    arguments = st.dictionaries(st.text(CHARACTERS, max_size=4), json_values, max_size=3)
     calls = st.lists(st.tuples(st.from_regex(r"\A[a-z_]{1,6}\Z"), arguments), max_size=3)
     made = tuple(ToolCall(name, each) for name, each in draw(calls))
     return Conversation((Message("user", "?"), Message("assistant", draw(texts if made else st.just("4")), made)))
