@@ -66,7 +66,9 @@ def test_a_whole_run_composes_and_reads_back(file: Path, tmp_path: Path):
 @pytest.mark.parametrize("file", RUNS, ids=label)
 def test_a_whole_run_opens_with_its_launch_command(file: Path):
     first = file.read_text().splitlines()[0]
-    command = f"# accelerate launch finetune/train.py config={file.relative_to(CONFIGS)}"
+    ranks = plain(file).get("train", {}).get("world_size")
+    several = f" --config_file launch/accelerate/ddp.yaml --num_processes {ranks}" if ranks else ""
+    command = f"# accelerate launch{several} finetune/train.py config={file.relative_to(CONFIGS)}"
     assert re.fullmatch(re.escape(command) + r" data.train=\w+\.jsonl" * bool(_data(file)), first)
 
 

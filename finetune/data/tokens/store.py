@@ -24,6 +24,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from finetune.data.encoded import Encoded
 from finetune.data.positions import PlacedMedia
@@ -127,6 +128,9 @@ class StoreMeta:
         return ", ".join(f"{name} ({', '.join(named[:2])}{more[name]})" for name, named in files.items())
 
 
+_META_READER = TypeAdapter(StoreMeta)
+
+
 class TokenStore:
     """Encoded rows of one source, before any is cut.
 
@@ -198,8 +202,8 @@ def _mapped(file: Path, dtype: type, length: int) -> np.ndarray:
 def _read_meta(folder: Path) -> StoreMeta:
     """Read meta.json. Raises: OSError if it is missing, ValueError if it is corrupt."""
     try:
-        return StoreMeta(**unseal(json.loads((folder / _META).read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
+        return _META_READER.validate_python(unseal(json.loads((folder / _META).read_text(encoding="utf-8"))))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{_META}: {error}") from error
 
 

@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from finetune.data.encoded import Encoded
 from finetune.data.media.media import Media
 from finetune.data.positions import PlacedMedia
-from finetune.data.tokens.store import ROW, BadRow, EncodedBatch, StoreWriter, TokenStore, is_valid
+from finetune.data.tokens.store import (
+    ROW,
+    BadRow,
+    EncodedBatch,
+    StoreWriter,
+    TokenStore,
+    has_outdated_bad_rows,
+    is_valid,
+)
 from finetune.models.families import PositionRule
 from finetune.system.errors import DataError
+from finetune.system.sealed import seal, unseal
 
 WEIGHTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.25])
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), WEIGHTS), min_size=1, max_size=9), max_size=20)
@@ -93,6 +102,18 @@ def test_an_incomplete_store_is_not_valid(tmp_path, name, harm):
     else:
         file.write_bytes(file.read_bytes()[:-1])
     assert not is_valid(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "change", [{"weights": ["x"]}, {"rows": "many"}, {"sizes": "none"}, {"files": 3}, {"notes": [[[]]]}, "[" * 100_000]
+)
+def test_a_record_of_wrong_types_is_not_valid(tmp_path, change):
+    write(tmp_path / "s", batch([[(1, 1.0)]]))
+    file = tmp_path / "s" / "meta.json"
+    # Sealed anew, as another program would write it.
+    meta = change if isinstance(change, str) else json.dumps(seal({**unseal(json.loads(file.read_text())), **change}))
+    file.write_text(meta)
+    assert not is_valid(tmp_path / "s") and not has_outdated_bad_rows(tmp_path / "s")
 
 
 def test_the_content_digest_follows_tokens_weights_and_borders(tmp_path):
