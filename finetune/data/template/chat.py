@@ -146,7 +146,7 @@ class ChatTemplate:
         """The tokens that the tokenizer puts before every text, as Llama's does; a template writes its own."""
         whole = Tokenizer.from_str(self._definition)
         plain, full = (whole.encode("a", add_special_tokens=special).ids for special in (False, True))
-        return full[: full.index(plain[0])] if plain[0] in full else []
+        return full[: full.index(plain[0])] if plain and plain[0] in full else []
 
     @property
     def eos_id(self) -> int | None:
