@@ -38,7 +38,8 @@ class Child:
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(os.getpid()), *words],
-            env={**os.environ, **environment},
+            # A program in Python writes its lines as they come, so that the last ones are those before its end.
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

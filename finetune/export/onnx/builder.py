@@ -68,7 +68,8 @@ def run_module(command: Sequence[str], folder: Path, what: str) -> None:
         ResourceError: memory or disk ran out.
     """
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        # Unbuffered: otherwise its last lines are those of stdout, whenever the error was written.
+        [sys.executable, "-u", "-m", *command],
         cwd=folder,
         env={**os.environ, **_QUIET, **_OFFLINE},
         check=False,
