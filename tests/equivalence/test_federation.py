@@ -15,6 +15,7 @@ from finetune import load_config, train
 from finetune.system.manifest import record_files
 from finetune.system.resources import packaged
 from tests.commands import run_here, train_on_ranks
+from tests.equivalence.test_sharding import DETERMINISTIC
 from tests.runs import SMALL_RUN, adapter, differing, metrics, reference_run, small_run
 
 FROZEN = "lora.freeze_a=true"
@@ -109,18 +110,7 @@ def test_a_resumed_run_takes_its_frozen_a_from_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_two_ranks_with_a_frozen_a_equal_one(tmp_path, shard):
-    settings = (
-        *SMALL_RUN,
-        *PARTY,
-        "lora.dropout=0",
-        "train.neftune_alpha=0",
-        "train.batch_size=5",
-        "train.micro_batch_size=1",
-        "data.train.0.limit=16",
-        "data.packing=false",
-        "model.dtype=float32",
-        "quant.compute_dtype=float32",
-    )
+    settings = (*SMALL_RUN, *PARTY, *DETERMINISTIC)
     one, two = tmp_path / "1", tmp_path / "2"
     train(load_config("quickstart.yaml", [*settings, f"output_dir={one}"]))
     train_on_ranks(2, *settings, "train.world_size=2", f"parallel.shard={shard}", f"output_dir={two}")
